@@ -1,0 +1,47 @@
+# The embedded scenes as semantic maps; they are made on first use.
+dataset_type = 'mmcnv2.DemoScenes'
+data_root = 'data/demo_scenes/'
+
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations'),
+    dict(type='RandomFlip', prob=0.5),
+    dict(type='PackSegInputs'),
+]
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations'),
+    dict(type='PackSegInputs'),
+]
+train_dataloader = dict(
+    batch_size=8,
+    num_workers=1,
+    persistent_workers=True,
+    sampler=dict(type='InfiniteSampler', shuffle=True),
+    dataset=dict(
+        type=dataset_type,
+        dataset_type='mmseg.BaseSegDataset',
+        data_root=data_root,
+        img_suffix='.jpg',
+        data_prefix=dict(img_path='images/train', seg_map_path='semantic/train'),
+        pipeline=train_pipeline,
+    ),
+)
+val_dataloader = dict(
+    batch_size=8,
+    num_workers=1,
+    persistent_workers=True,
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(
+        type=dataset_type,
+        dataset_type='mmseg.BaseSegDataset',
+        data_root=data_root,
+        img_suffix='.jpg',
+        data_prefix=dict(img_path='images/val', seg_map_path='semantic/val'),
+        pipeline=test_pipeline,
+    ),
+)
+test_dataloader = val_dataloader
+
+val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
+test_evaluator = val_evaluator

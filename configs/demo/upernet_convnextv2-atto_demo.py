@@ -1,0 +1,41 @@
+_base_ = [
+    '../_base_/models/upernet_convnextv2-tiny.py',
+    '../_base_/datasets/demo_semantic.py',
+    '../_base_/schedules/adamw_160k.py',
+    'mmseg::_base_/default_runtime.py',
+]
+
+norm_cfg = dict(type='BN')
+model = dict(
+    data_preprocessor=dict(size=(256, 256)),
+    backbone=dict(arch='atto'),
+    decode_head=dict(
+        in_channels=[40, 80, 160, 320],
+        channels=64,
+        num_classes=7,
+        norm_cfg=norm_cfg,
+    ),
+    auxiliary_head=dict(
+        in_channels=160,
+        channels=64,
+        num_classes=7,
+        norm_cfg=norm_cfg,
+    ),
+)
+
+train_cfg = dict(max_iters=500, val_interval=250)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=50),
+    dict(type='CosineAnnealingLR', by_epoch=False, begin=50, end=500, T_max=450),
+]
+optim_wrapper = dict(
+    type='OptimWrapper',
+    optimizer=dict(lr=1e-3),
+    paramwise_cfg=dict(decay_rate=1.0),
+)
+auto_scale_lr = dict(base_batch_size=8)
+
+default_hooks = dict(
+    logger=dict(interval=10),
+    checkpoint=dict(interval=250, max_keep_ckpts=1),
+)

@@ -1,0 +1,24 @@
+_base_ = [
+    '../_base_/models/upernet_convnextv2-tiny.py',
+    'mmseg::_base_/datasets/ade20k.py',
+    '../_base_/schedules/adamw_160k.py',
+    'mmseg::_base_/default_runtime.py',
+]
+
+checkpoint = 'https://download.openmmlab.com/mmclassification/v0/convnext-v2/convnext-v2-tiny_3rdparty-fcmae_in1k_20230104-80513adc.pth'
+crop_size = (512, 512)
+
+model = dict(
+    data_preprocessor=dict(size=crop_size),
+    backbone=dict(
+        drop_path_rate=0.4,
+        init_cfg=dict(type='Pretrained', checkpoint=checkpoint, prefix='backbone.'),
+    ),
+    decode_head=dict(num_classes=150),
+    auxiliary_head=dict(num_classes=150),
+    test_cfg=dict(mode='slide', crop_size=crop_size, stride=(341, 341)),
+)
+
+train_dataloader = dict(batch_size=2)
+
+default_hooks = dict(checkpoint=dict(max_keep_ckpts=3, save_best='mIoU'))

@@ -1,0 +1,135 @@
+"""Safe loading of checkpoints, so that ``--resume`` works and nothing else gets in.
+
+torch 2.6 and later load with ``weights_only=True`` and refuse what they do not know.
+MMEngine's training checkpoints hold a few such types besides tensors. Importing this
+module allows exactly those, and replaces MMEngine's loaders of local files and of URLs
+by ones that always load safely and say in one message what is wrong with a file.
+"""
+
+import re
+from pathlib import Path
+from pickle import UnpicklingError
+from types import FunctionType
+from typing import Any
+from urllib.parse import urlparse
+
+import numpy as np
+import torch
+from mmengine.dist import barrier, is_main_process
+from mmengine.logging import HistoryBuffer
+from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
+from mmengine.runner.checkpoint import CheckpointLoader
+
+# The methods that MMEngine pickles: a log buffer stores its statistics, a one-cycle
+# schedule its annealing function. Pickle writes each as ``getattr(class, name)``.
+_STORED_METHODS = (
+    (HistoryBuffer, ('min', 'max', 'current', 'mean')),
+    (OneCycleParamScheduler, ('_annealing_cos', '_annealing_linear')),
+)
+
+# Times are float64, counts int64, and mmseg's scores float32.
+_ARRAY_TYPES = (np.float32, np.float64, np.int64)
+
+
+def _stored_method(owner: object, name: str) -> FunctionType:
+    """Stand in for ``getattr``, which could reach anything, while unpickling."""
+    for known, names in _STORED_METHODS:
+        if owner is known and name in names:
+            return getattr(known, name)
+    raise UnpicklingError(f'GLOBAL builtins.getattr of {name!r} from {owner!r}')
+
+
+def _safe_globals() -> list[Any]:
+    """List what MMEngine stores in a training checkpoint besides tensors."""
+    reconstruct: Any = np.zeros(1).__reduce__()[0]
+    scalar: Any = np.float64(0).__reduce__()[0]
+    # numpy 2 renamed the module, and a checkpoint outlives the numpy that wrote it.
+    functions = [
+        (function, f'numpy.{core}.multiarray.{function.__name__}')
+        for core in ('core', '_core')
+        for function in (reconstruct, scalar)
+    ]
+    dtypes = [type(np.dtype(kind)) for kind in _ARRAY_TYPES]
+    methods = [(_stored_method, 'builtins.getattr'), OneCycleParamScheduler]
+    return [HistoryBuffer, np.ndarray, np.dtype, *dtypes, *functions, *methods]
+
+
+def _failure(path: Path, error: Exception) -> RuntimeError:
+    refused = re.search(
+        r"(?:GLOBAL|function|but got) (?:<[\w-]+ '?)?([\w.]+)", str(error)
+    )
+    if isinstance(error, UnpicklingError) and refused:
+        return RuntimeError(
+            f'Refused to load {path}: it holds {refused[1]}, which is neither '
+            'a tensor nor a type that MMEngine stores, and loading it could run code. '
+            'Nothing was loaded. If you trust where the file comes from and can import '
+            'the type, call torch.serialization.add_safe_globals with it in a module '
+            'named in custom_imports; otherwise ask for a file of plain tensors.'
+        )
+    reason = next(iter(str(error).splitlines()), 'no more is known')
+    return RuntimeError(
+        f'Cannot read {path} ({path.stat().st_size} bytes) as a checkpoint: it is '
+        'truncated or was never one. Nothing was loaded. Copy or download it again, '
+        'or resume from an earlier checkpoint by --resume PATH. '
+        f'({type(error).__name__}: {reason})'
+    )
+
+
+# MMEngine logs the part of a loader's name after 'load_from_'.
+@CheckpointLoader.register_scheme(prefixes='', force=True)
+def load_from_local(filename: str, map_location: Any = None) -> Any:
+    """Load a local checkpoint safely.
+
+    Args:
+        filename: Path of the file; ``~`` is the home folder.
+        map_location: As in :func:`torch.load`.
+
+    Returns:
+        What the file holds, usually a dict.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        RuntimeError: The file is not a checkpoint, is truncated, or holds something
+            that is neither a tensor nor stored by MMEngine.
+    """
+    path = Path(filename).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f'There is no checkpoint file {path} (working folder: {Path.cwd()}).'
+        )
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    # A broken file surfaces as any of a dozen exception types.
+    except Exception as error:
+        raise _failure(path, error) from None
+
+
+@CheckpointLoader.register_scheme(prefixes=('http://', 'https://'), force=True)
+def load_from_http(filename: str, map_location: Any = None) -> Any:
+    """Load a checkpoint from a URL, through torch's download cache, safely.
+
+    MMEngine's own loader leaves safe loading off for downloads.
+
+    Args:
+        filename: The URL.
+        map_location: As in :func:`torch.load`.
+
+    Returns:
+        What the file holds, usually a dict.
+    """
+    path = Path(torch.hub.get_dir(), 'checkpoints', Path(urlparse(filename).path).name)
+    if is_main_process():
+        _download(filename, path)
+    barrier()
+    # The other nodes of a cluster have discs of their own.
+    _download(filename, path)
+    return load_from_local(str(path), map_location)
+
+
+def _download(url: str, path: Path) -> None:
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path))
+
+
+torch.serialization.add_safe_globals(_safe_globals())

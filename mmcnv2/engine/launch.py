@@ -1,0 +1,89 @@
+"""What ``tools/train.py`` and ``tools/test.py`` have in common."""
+
+import os
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from pathlib import Path
+
+import torch.distributed
+from mmengine.config import Config, DictAction
+from mmengine.device import get_device
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+
+def add_common_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments that training and testing share.
+
+    Args:
+        parser: Gets ``config``, ``--work-dir``, ``--cfg-options``, ``--launcher`` and
+            ``--local_rank``.
+    """
+    parser.add_argument('config', help='path of the config')
+    parser.add_argument(
+        '--work-dir',
+        help="where logs and checkpoints go; the config's work_dir, or else "
+        './work_dirs/ with the name of the config, if left out',
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        help='settings that override the config, as key=value; a list is key="[a,b]" '
+        'or key=a,b, and the quotation marks are needed',
+    )
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='what started this process as one of several',
+    )
+    # torch.distributed.launch passes it; torchrun sets LOCAL_RANK instead.
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+
+
+def checkpoint_path(text: str) -> str:
+    """Accept the path of a file that exists, or a URL; a type for argparse."""
+    if '://' in text or Path(text).expanduser().is_file():
+        return text
+    raise ArgumentTypeError(
+        f'there is no file {text} (working folder: {Path.cwd()}); give the path of a '
+        'checkpoint, such as work_dirs/NAME/epoch_12.pth'
+    )
+
+
+def load_config(args: Namespace) -> Config:
+    """Load the config that the common arguments describe."""
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    cfg = Config.fromfile(args.config)
+    cfg.merge_from_dict(args.cfg_options or {})
+    cfg.launcher = args.launcher
+    default_work_dir = str(Path('work_dirs', Path(args.config).stem))
+    cfg.work_dir = args.work_dir or cfg.get('work_dir') or default_work_dir
+    return cfg
+
+
+def build_runner(cfg: Config) -> Runner:
+    """Build the config's runner, also for several processes without accelerators.
+
+    Args:
+        cfg: A config that is ready to run.
+
+    Returns:
+        The runner.
+    """
+    if cfg.launcher == 'pytorch' and get_device() == 'cpu':
+        _distribute_over_cpus(cfg)
+    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+
+
+def _distribute_over_cpus(cfg: Config) -> None:
+    # MMEngine would choose a CUDA device, whichever backend is configured. It starts no
+    # process group where there is one, and asks the config before it names a device.
+    torch.distributed.init_process_group('gloo')
+    cfg.model_wrapper_cfg = {
+        'type': 'MMDistributedDataParallel',
+        'broadcast_buffers': False,
+        'find_unused_parameters': cfg.get('find_unused_parameters', False),
+        **(cfg.get('model_wrapper_cfg') or {}),
+        'device_ids': None,
+    }

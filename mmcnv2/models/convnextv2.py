@@ -1,0 +1,235 @@
+"""ConvNeXt V2, the backbone: one set of weights, however it is run."""
+
+from collections.abc import Sequence
+
+import torch
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..registry import MODELS
+from .layers import Block
+from .layouts import DenseLayout, Layout, PackedLayout
+
+# The official repository's table, by its names.
+ARCHITECTURES: dict[str, dict[str, Sequence[int]]] = {
+    'atto': dict(depths=(2, 2, 6, 2), dims=(40, 80, 160, 320)),
+    'femto': dict(depths=(2, 2, 6, 2), dims=(48, 96, 192, 384)),
+    'pico': dict(depths=(2, 2, 6, 2), dims=(64, 128, 256, 512)),
+    'nano': dict(depths=(2, 2, 8, 2), dims=(80, 160, 320, 640)),
+    'tiny': dict(depths=(3, 3, 9, 3), dims=(96, 192, 384, 768)),
+    'base': dict(depths=(3, 3, 27, 3), dims=(128, 256, 512, 1024)),
+    'large': dict(depths=(3, 3, 27, 3), dims=(192, 384, 768, 1536)),
+    'huge': dict(depths=(3, 3, 27, 3), dims=(352, 704, 1408, 2816)),
+}
+
+NUM_STAGES = 4
+STRIDE = 32  # of the last stage
+
+
+@MODELS.register_module()
+class ConvNeXtV2(BaseModule):
+    """ConvNeXt V2 backbone (https://arxiv.org/abs/2301.00808).
+
+    Parameter names are those of the official checkpoints; the norm over the output of
+    stage ``i`` is ``norm{i}``.
+
+    Args:
+        arch (str | dict): A key of :data:`ARCHITECTURES` ('atto', 'femto', 'pico',
+            'nano', 'tiny', 'base', 'large', 'huge'), or a dict of ``depths`` and
+            ``dims``, blocks and channels of each of the four stages.
+            Defaults to 'tiny'.
+        in_channels (int): Channels of a picture. Defaults to 3.
+        out_indices (Sequence[int]): The stages whose features are returned, 0 to 3,
+            or -4 to -1 counted from the last. Stages after the last of them are not
+            built. Defaults to (0, 1, 2, 3).
+        drop_path_rate (float): Stochastic depth rate of the last block; it grows
+            linearly from 0 at the first. Defaults to 0.
+        frozen_stages (int): Freeze the stem and the stages up to this number, as in
+            MMDetection: -1 freezes nothing, 0 the stem, 1 the stem and the first
+            stage, and so on. Defaults to -1.
+        output_norm (bool): Normalise the features of each stage. FCMAE's decoder takes
+            them as they are. Defaults to True.
+        with_cp (bool): Checkpoint the activations of each block: less memory, more
+            time. Defaults to False.
+        init_cfg (dict | list[dict], optional): Initialisation, MMEngine's. Defaults to
+            the paper's: truncated normal weights (std 0.02) and zero biases.
+
+    Raises:
+        ValueError: If an argument is none of the above.
+    """
+
+    def __init__(
+        self,
+        arch: str | dict[str, Sequence[int]] = 'tiny',
+        in_channels: int = 3,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        drop_path_rate: float = 0.0,
+        frozen_stages: int = -1,
+        output_norm: bool = True,
+        with_cp: bool = False,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        if init_cfg is None:
+            init_cfg = dict(
+                type='TruncNormal', layer=['Conv2d', 'Linear'], std=0.02, bias=0.0
+            )
+        super().__init__(init_cfg)
+        self.depths, self.dims = _resolve_arch(arch)
+        self.in_channels = in_channels
+        self.out_indices = _resolve_out_indices(out_indices)
+        self.frozen_stages = frozen_stages
+        self.with_cp = with_cp
+        if frozen_stages not in range(-1, NUM_STAGES + 1):
+            raise ValueError(
+                f'frozen_stages is {frozen_stages}; give it from -1 (nothing) to '
+                f'{NUM_STAGES} (everything)'
+            )
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f'drop_path_rate is {drop_path_rate}; give it in [0, 1)')
+
+        # On the CPU even where the model is built on the meta device.
+        rates = torch.linspace(0, drop_path_rate, sum(self.depths), device='cpu')
+        rate = iter(rates.tolist())
+        self.downsample_layers = nn.ModuleList()
+        self.stages = nn.ModuleList()
+        for i in range(self.out_indices[-1] + 1):
+            dim = self.dims[i]
+            self.downsample_layers.append(self._make_downsample(i))
+            blocks = [Block(dim, next(rate)) for _ in range(self.depths[i])]
+            self.stages.append(nn.Sequential(*blocks))
+            if i in self.out_indices:
+                norm = nn.LayerNorm(dim, eps=1e-6) if output_norm else nn.Identity()
+                self.add_module(f'norm{i}', norm)
+        self._freeze()
+
+    def _make_downsample(self, stage: int) -> nn.Sequential:
+        dim = self.dims[stage]
+        if stage == 0:
+            conv = nn.Conv2d(self.in_channels, dim, kernel_size=4, stride=4)
+            return nn.Sequential(conv, nn.LayerNorm(dim, eps=1e-6))
+        previous = self.dims[stage - 1]
+        conv = nn.Conv2d(previous, dim, kernel_size=2, stride=2)
+        return nn.Sequential(nn.LayerNorm(previous, eps=1e-6), conv)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Compute the features of pictures, or of their visible patches alone.
+
+        Args:
+            x (Tensor): Pictures, ``(N, in_channels, H, W)``, each side at least 32
+                pixels; it need not be a multiple of 32 unless there is a mask.
+            mask (Tensor, optional): ``(N, H / 32, W / 32)``, bool, True where a patch
+                is hidden, with equally many visible patches in every picture.
+
+        Returns:
+            tuple[Tensor]: For each of ``out_indices``, in ascending order, features
+            ``(N, dims[i], H // 2**(i + 2), W // 2**(i + 2))``. With a mask, those of
+            the visible positions, ``(N, T, dims[i])``, by patch, row and column.
+
+        Raises:
+            ValueError: If the pictures or the mask have the wrong shape.
+        """
+        self._check_pictures(x)
+        if mask is not None:
+            _check_mask(x, mask)
+        layout = DenseLayout() if mask is None else PackedLayout(mask)
+        outs = []
+        for i, stage in enumerate(self.stages):
+            x = self._downsample(i, x, layout)
+            for block in stage:
+                x = self._run(block, x, layout)
+            if i in self.out_indices:
+                outs.append(layout.output(getattr(self, f'norm{i}')(x)))
+        return tuple(outs)
+
+    def _downsample(self, stage: int, x: Tensor, layout: Layout) -> Tensor:
+        first, second = self.downsample_layers[stage]
+        if stage == 0:
+            return second(layout.stem(first, x))
+        return layout.downsample(second, first(x))
+
+    def _run(self, block: Block, x: Tensor, layout: Layout) -> Tensor:
+        if self.with_cp and torch.is_grad_enabled():
+            return checkpoint(block, x, layout, use_reentrant=False)
+        return block(x, layout)
+
+    def _check_pictures(self, x: Tensor) -> None:
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f'pictures of shape (N, {self.in_channels}, H, W) expected, but got '
+                f'{tuple(x.shape)}; for pictures with another number of channels, '
+                'set in_channels of the backbone'
+            )
+        if min(x.shape[2:]) < STRIDE:
+            raise ValueError(
+                f'pictures of at least {STRIDE} pixels on each side expected, but got '
+                f'{tuple(x.shape[2:])}; resize or pad them in the data pipeline'
+            )
+
+    def _frozen_modules(self) -> list[nn.Module]:
+        if self.frozen_stages < 0:
+            return []
+        count = self.frozen_stages
+        return [*self.downsample_layers[: max(count, 1)], *self.stages[:count]]
+
+    def _freeze(self) -> None:
+        for module in self._frozen_modules():
+            module.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> 'ConvNeXtV2':
+        """Set training mode; what is frozen stays in evaluation mode."""
+        super().train(mode)
+        for module in self._frozen_modules():
+            module.eval()
+        return self
+
+
+def _check_mask(x: Tensor, mask: Tensor) -> None:
+    n, _, height, width = x.shape
+    if height % STRIDE or width % STRIDE:
+        raise ValueError(
+            f'to be masked, pictures need sides that are multiples of {STRIDE}, but '
+            f'got {(height, width)}; resize or crop them in the data pipeline'
+        )
+    expected = (n, height // STRIDE, width // STRIDE)
+    if mask.dtype != torch.bool or mask.shape != expected:
+        raise ValueError(
+            f'a bool mask of shape {expected} expected, but got {mask.dtype} of shape '
+            f'{tuple(mask.shape)}'
+        )
+
+
+def _resolve_arch(
+    arch: str | dict[str, Sequence[int]],
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return depths and dims."""
+    if isinstance(arch, str):
+        if arch not in ARCHITECTURES:
+            raise ValueError(
+                f"unknown arch '{arch}'; choose one of {', '.join(ARCHITECTURES)}, "
+                'or give a dict of depths and dims'
+            )
+        return _resolve_arch(ARCHITECTURES[arch])
+    if set(arch) != {'depths', 'dims'}:
+        raise ValueError(
+            f"an arch dict holds 'depths' and 'dims', but got {sorted(arch)}"
+        )
+    depths, dims = tuple(arch['depths']), tuple(arch['dims'])
+    if len(depths) != NUM_STAGES or len(dims) != NUM_STAGES:
+        raise ValueError(
+            f'depths and dims hold {NUM_STAGES} numbers each, one a stage, but got '
+            f'depths={depths} and dims={dims}'
+        )
+    return depths, dims
+
+
+def _resolve_out_indices(out_indices: Sequence[int]) -> tuple[int, ...]:
+    """Return the stages counted from 0, in ascending order."""
+    valid = range(-NUM_STAGES, NUM_STAGES)
+    resolved = {i % NUM_STAGES for i in out_indices if i in valid}
+    if not out_indices or len(resolved) != len(out_indices):
+        raise ValueError(
+            f'out_indices holds different stages from {valid[0]} to {valid[-1]}, at '
+            f'least one, but got {tuple(out_indices)}'
+        )
+    return tuple(sorted(resolved))

@@ -1,0 +1,104 @@
+"""From a batch of pictures as they were loaded to the tensor that FCMAE takes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from mmengine.model import BaseDataPreprocessor
+from torch import Tensor
+
+from mmcnv2.registry import MODELS
+
+# The total stride of the network, and the side of the patches that FCMAE hides.
+STRIDE = 32
+
+
+@MODELS.register_module()
+class FCMAEDataPreprocessor(BaseDataPreprocessor):
+    """Move pictures of any number of channels to the device, normalise and stack them.
+
+    Args:
+        mean: Mean of each channel in pixel units, in the order of the model's channels,
+            so after the swap that ``bgr_to_rgb`` asks for.
+        std: Standard deviation of each channel, likewise.
+        bgr_to_rgb: Whether to reverse the order of the three channels. MMCV loads
+            colour pictures as blue, green, red.
+        non_blocking: Whether copying to the device may overlap with computing.
+
+    Raises:
+        ValueError: If ``mean`` and ``std`` do not belong together, a deviation is not
+            positive, or ``bgr_to_rgb`` is set for other than three channels.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        bgr_to_rgb: bool = False,
+        non_blocking: bool = False,
+    ) -> None:
+        super().__init__(non_blocking)
+        if not mean or len(mean) != len(std):
+            raise ValueError(
+                f'mean has {len(mean)} values and std {len(std)}: each needs one for '
+                'every channel.'
+            )
+        if min(std) <= 0:
+            raise ValueError(f'std is {tuple(std)}: each value has to be positive.')
+        if bgr_to_rgb and len(mean) != 3:
+            raise ValueError(
+                f'bgr_to_rgb is for pictures of 3 channels, but mean has {len(mean)} '
+                'values: leave bgr_to_rgb out.'
+            )
+        self.bgr_to_rgb = bgr_to_rgb
+        for name, values in (('mean', mean), ('std', std)):
+            column = torch.tensor(values, dtype=torch.float32).view(-1, 1, 1)
+            self.register_buffer(name, column, persistent=False)
+
+    def forward(self, data: dict[str, Any], training: bool = False) -> dict[str, Any]:
+        """Prepare a batch.
+
+        Args:
+            data: A batch as the data loader gives it. ``inputs`` are the pictures, a
+                list of tensors (C, H, W) or one tensor (N, C, H, W), of any real type.
+            training: Not used; the same happens in training and testing.
+
+        Returns:
+            The same, on the device, with ``inputs`` a float tensor (N, C, H, W) that is
+            normalised.
+
+        Raises:
+            ValueError: If the pictures of the batch differ in size, or the number of
+                their channels or their size does not suit the model.
+        """
+        data = self.cast_data(data)
+        pictures = list(data['inputs'])
+        self._check([tuple(picture.shape) for picture in pictures])
+        inputs = torch.stack([picture.float() for picture in pictures])
+        if self.bgr_to_rgb:
+            inputs = inputs.flip(1)
+        return {**data, 'inputs': (inputs - self.mean) / self.std}
+
+    def _check(self, shapes: list[tuple[int, ...]]) -> None:
+        if len(set(shapes)) != 1:
+            raise ValueError(
+                f'The pictures of a batch differ in size, (C, H, W) being '
+                f'{sorted(set(shapes))}: add RandomResizedCrop, or Resize and '
+                'CenterCrop, to the pipeline, or set batch_size=1.'
+            )
+        channels, height, width = shapes[0]
+        if channels != len(self.mean):
+            raise ValueError(
+                f'The pictures have {channels} channels, but mean and std of the data '
+                f'preprocessor have {len(self.mean)} values. Change these (and '
+                'in_channels of the backbone), or color_type of LoadImageFromFile.'
+            )
+        if height % STRIDE or width % STRIDE:
+            raise ValueError(
+                f'The pictures have {height} x {width} pixels, but both sides must be '
+                f'multiples of {STRIDE}: add RandomResizedCrop or Resize to a multiple '
+                f'of {STRIDE} to the pipeline.'
+            )

@@ -1,0 +1,323 @@
+"""FCMAE: mask -> backbone -> neck (decoder) -> head (loss) (ConvNeXt V2, section 3)."""
+
+from typing import Any
+
+import torch
+from mmengine.model import BaseModel, BaseModule
+from mmengine.structures import BaseDataElement
+from torch import Tensor, nn
+
+from ..registry import MODELS
+from .convnextv2 import STRIDE
+from .layers import Block
+from .layouts import DenseLayout
+
+
+@MODELS.register_module()
+class FCMAE(BaseModel):
+    """Fully convolutional masked autoencoder.
+
+    Args:
+        backbone (dict): The encoder, a :class:`ConvNeXtV2` that returns its last stage
+            alone, without output norm.
+        neck (dict): The decoder, a :class:`FCMAEDecoder`; its ``in_channels`` and
+            ``picture_channels`` follow from the backbone.
+        head (dict): The loss, a :class:`FCMAEHead`.
+        mask_ratio (float): Share of the patches that is hidden, in (0, 1).
+            Defaults to 0.6.
+        test_mask_seed (int): Seed of the masks in validation and testing, where each
+            picture gets its own by its place in the data set. Defaults to 0.
+        data_preprocessor (dict, optional): Defaults to None.
+        init_cfg (dict | list[dict], optional): Initialisation, MMEngine's. Defaults to
+            None: each part has its own.
+
+    Raises:
+        ValueError: If ``mask_ratio`` is out of range.
+    """
+
+    def __init__(
+        self,
+        backbone: dict,
+        neck: dict,
+        head: dict,
+        mask_ratio: float = 0.6,
+        test_mask_seed: int = 0,
+        data_preprocessor: dict | nn.Module | None = None,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        super().__init__(data_preprocessor, init_cfg)
+        if not 0 < mask_ratio < 1:
+            raise ValueError(f'mask_ratio is {mask_ratio}; give it in (0, 1)')
+        self.mask_ratio = mask_ratio
+        self.test_mask_seed = test_mask_seed
+        self.backbone = MODELS.build(backbone)
+        channels = dict(
+            in_channels=self.backbone.dims[-1],
+            picture_channels=self.backbone.in_channels,
+        )
+        self.neck = MODELS.build({**channels, **neck})
+        self.head = MODELS.build(head)
+
+    def forward(
+        self,
+        inputs: Tensor,
+        data_samples: list[BaseDataElement] | None = None,
+        mode: str = 'tensor',
+        mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Any:
+        """Run the model.
+
+        Args:
+            inputs (Tensor): Normalised pictures, ``(N, C, H, W)``, each side a multiple
+                of 32 pixels.
+            data_samples (list[BaseDataElement], optional): What is known of the
+                pictures; 'predict' seeds the masks by their ``sample_idx``.
+            mode (str): 'loss', 'predict' or 'tensor'.
+            mask (Tensor, optional): ``(N, H / 32, W / 32)``, bool, True where a patch
+                is hidden. Drawn at random by default.
+            generator (torch.Generator, optional): Where the random masks of 'loss' and
+                'tensor' come from. Defaults to torch's own.
+
+        Returns:
+            dict[str, Tensor] | list[BaseDataElement] | Tensor: For 'loss', ``loss``.
+            For 'predict', the data samples with ``mask``, ``picture``,
+            ``reconstruction`` (both ``(C, H, W)`` in the units of the pixels) and
+            ``loss``. For 'tensor', the predicted patches
+            ``(N, H / 32, W / 32, 32 * 32 * C)``.
+
+        Raises:
+            ValueError: If the mode is unknown or the pictures or the mask have the
+                wrong shape.
+        """
+        if mode == 'predict':
+            return self.predict(inputs, data_samples or [], mask)
+        if mask is None:
+            mask = self.random_mask(inputs, generator)
+        if mode == 'tensor':
+            return self.reconstruct(inputs, mask)
+        if mode == 'loss':
+            prediction = self.reconstruct(inputs, mask)
+            return dict(loss=self.head.loss(prediction, inputs, mask).mean())
+        raise ValueError(f"mode is '{mode}'; give 'loss', 'predict' or 'tensor'")
+
+    def reconstruct(self, inputs: Tensor, mask: Tensor) -> Tensor:
+        """Predict every patch from the visible ones.
+
+        Args:
+            inputs (Tensor): Normalised pictures, ``(N, C, H, W)``.
+            mask (Tensor): ``(N, h, w)``, bool, True where a patch is hidden.
+
+        Returns:
+            Tensor: ``(N, h, w, 32 * 32 * C)``.
+        """
+        (features,) = self.backbone(inputs, mask)
+        return self.neck(features, mask)
+
+    def random_mask(
+        self, inputs: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Hide ``mask_ratio`` of the patches of each picture at random.
+
+        Args:
+            inputs (Tensor): Pictures, ``(N, C, H, W)``.
+            generator (torch.Generator, optional): Defaults to torch's own.
+
+        Returns:
+            Tensor: ``(N, H / 32, W / 32)``, bool, True where a patch is hidden.
+
+        Raises:
+            ValueError: If all patches would be hidden, or all visible.
+        """
+        n, _, height, width = inputs.shape
+        h, w = height // STRIDE, width // STRIDE
+        # As the paper's code rounds; the tiny number mends 10 * (1 - 0.9) < 1.
+        visible = int(h * w * (1 - self.mask_ratio) + 1e-6)
+        if not 0 < visible < h * w:
+            raise ValueError(
+                f'a mask_ratio of {self.mask_ratio} leaves {visible} of the {h * w} '
+                f'patches of {height} x {width} pixels visible; take larger pictures '
+                'or another ratio, so that some are visible and some hidden'
+            )
+        device = inputs.device if generator is None else generator.device
+        order = torch.rand(n, h * w, device=device, generator=generator).argsort(1)
+        mask = torch.ones_like(order, dtype=torch.bool)
+        mask.scatter_(1, order[:, :visible], False)
+        return mask.view(n, h, w).to(inputs.device)
+
+    def predict(
+        self,
+        inputs: Tensor,
+        data_samples: list[BaseDataElement],
+        mask: Tensor | None = None,
+    ) -> list[BaseDataElement]:
+        """Reconstruct pictures under masks that depend on nothing but their place.
+
+        Args:
+            inputs (Tensor): Normalised pictures, ``(N, C, H, W)``.
+            data_samples (list[BaseDataElement]): With ``sample_idx``.
+            mask (Tensor, optional): ``(N, h, w)``, bool, True where a patch is hidden.
+
+        Returns:
+            list[BaseDataElement]: The samples, completed as :meth:`forward` says.
+        """
+        if mask is None:
+            masks = [
+                self.random_mask(picture[None], self._test_generator(sample))
+                for picture, sample in zip(inputs, data_samples, strict=True)
+            ]
+            mask = torch.cat(masks)
+        prediction = self.reconstruct(inputs, mask)
+        losses = self.head.loss(prediction, inputs, mask)
+        filled = self.head.fill_in(prediction, inputs, mask)
+        denormalise = self.data_preprocessor.denormalise
+        fields = zip(
+            mask, denormalise(inputs), denormalise(filled), losses, strict=True
+        )
+        for sample, values in zip(data_samples, fields, strict=True):
+            names = ('mask', 'picture', 'reconstruction', 'loss')
+            sample.set_data(dict(zip(names, values, strict=True)))
+        return data_samples
+
+    def _test_generator(self, sample: BaseDataElement) -> torch.Generator:
+        seed = self.test_mask_seed * 2**32 + sample.sample_idx
+        return torch.Generator().manual_seed(seed)
+
+
+@MODELS.register_module()
+class FCMAEDecoder(BaseModule):
+    """Predict patches: projection, mask tokens, ConvNeXt V2 blocks, prediction.
+
+    Args:
+        in_channels (int): Channels of the encoder's features.
+        picture_channels (int): Channels of the pictures. Defaults to 3.
+        decoder_dim (int): Width. Defaults to 512.
+        decoder_depth (int): Number of blocks. Defaults to 1.
+        init_cfg (dict | list[dict], optional): Initialisation, MMEngine's. Defaults to
+            truncated normal weights (std 0.02) and zero biases.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        picture_channels: int = 3,
+        decoder_dim: int = 512,
+        decoder_depth: int = 1,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        if init_cfg is None:
+            init_cfg = dict(
+                type='TruncNormal', layer=['Conv2d', 'Linear'], std=0.02, bias=0.0
+            )
+        super().__init__(init_cfg)
+        self.proj = nn.Linear(in_channels, decoder_dim)
+        self.mask_token = nn.Parameter(torch.empty(decoder_dim))
+        self.decoder = nn.ModuleList(Block(decoder_dim) for _ in range(decoder_depth))
+        self.pred = nn.Linear(decoder_dim, STRIDE * STRIDE * picture_channels)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, features: Tensor, mask: Tensor) -> Tensor:
+        """Predict every patch.
+
+        Args:
+            features (Tensor): Of the visible patches, ``(N, V, in_channels)``.
+            mask (Tensor): ``(N, h, w)``, bool, True where a patch is hidden.
+
+        Returns:
+            Tensor: ``(N, h, w, 32 * 32 * picture_channels)``; a patch is ordered by
+            row, column and channel.
+        """
+        tokens = self.proj(features)
+        x = self.mask_token.to(tokens.dtype).expand(*mask.shape, -1)
+        x = x.masked_scatter(~mask[..., None], tokens)
+        layout = DenseLayout()
+        for block in self.decoder:
+            x = block(x, layout)
+        return self.pred(x)
+
+
+@MODELS.register_module()
+class FCMAEHead(BaseModule):
+    """Mean squared error on hidden patches.
+
+    Args:
+        norm_pix (bool): Normalise each target patch by its own mean and variance.
+            Defaults to True.
+    """
+
+    def __init__(self, norm_pix: bool = True) -> None:
+        super().__init__()
+        self.norm_pix = norm_pix
+
+    def loss(self, prediction: Tensor, pictures: Tensor, mask: Tensor) -> Tensor:
+        """Compare hidden patches.
+
+        Args:
+            prediction (Tensor): ``(N, h, w, 32 * 32 * C)``.
+            pictures (Tensor): Normalised, ``(N, C, H, W)``.
+            mask (Tensor): ``(N, h, w)``, bool, True where a patch is hidden.
+
+        Returns:
+            Tensor: The mean squared error over the hidden patches of each picture,
+            ``(N,)``, in float32 at least.
+        """
+        hidden = patchify(pictures)[mask].float()
+        if self.norm_pix:
+            mean, std = _patch_statistics(hidden)
+            hidden = (hidden - mean) / std
+        # Outside of autocast: squares overflow 16 bits.
+        error = (prediction[mask].float() - hidden).square().mean(-1)
+        return error.view(len(mask), -1).mean(1)
+
+    def fill_in(self, prediction: Tensor, pictures: Tensor, mask: Tensor) -> Tensor:
+        """Put the predicted patches into the hidden places of pictures.
+
+        A prediction is of the patch normalised by its own mean and variance, which
+        only the original knows; they are undone with the original's.
+
+        Args:
+            prediction (Tensor): ``(N, h, w, 32 * 32 * C)``.
+            pictures (Tensor): Normalised, ``(N, C, H, W)``.
+            mask (Tensor): ``(N, h, w)``, bool, True where a patch is hidden.
+
+        Returns:
+            Tensor: Pictures, ``(N, C, H, W)``.
+        """
+        patches = patchify(pictures)
+        predicted = prediction.to(patches.dtype)
+        if self.norm_pix:
+            mean, std = _patch_statistics(patches)
+            predicted = predicted * std + mean
+        return unpatchify(torch.where(mask[..., None], predicted, patches))
+
+
+def patchify(pictures: Tensor) -> Tensor:
+    """Cut pictures into patches.
+
+    Args:
+        pictures (Tensor): ``(N, C, H, W)``, each side a multiple of 32.
+
+    Returns:
+        Tensor: ``(N, H / 32, W / 32, 32 * 32 * C)``, by row, column and channel.
+    """
+    patches = pictures.unflatten(3, (-1, STRIDE)).unflatten(2, (-1, STRIDE))
+    return patches.permute(0, 2, 4, 3, 5, 1).flatten(3)
+
+
+def unpatchify(patches: Tensor) -> Tensor:
+    """Undo :func:`patchify`.
+
+    Args:
+        patches (Tensor): ``(N, h, w, 32 * 32 * C)``.
+
+    Returns:
+        Tensor: ``(N, C, 32 * h, 32 * w)``.
+    """
+    pictures = patches.unflatten(3, (STRIDE, STRIDE, -1))
+    return pictures.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+
+def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of each patch."""
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    return mean, (variance + 1e-6).sqrt()

@@ -1,0 +1,129 @@
+import pytest
+from mmdet.engine.optimizers.layer_decay_optimizer_constructor import (
+    get_layer_id_for_convnext,
+)
+from mmengine.logging import MMLogger
+from mmengine.optim import build_optim_wrapper
+from mmseg.engine.optimizers.layer_decay_optimizer_constructor import (
+    get_stage_id_for_convnext,
+)
+from torch import nn
+
+from mmcnv2.engine.layer_decay import layer_group
+from mmcnv2.models import ARCHITECTURES, ConvNeXtV2
+
+# Every published depth, at a width that builds at once.
+DEPTHS = {name: arch['depths'] for name, arch in ARCHITECTURES.items()}
+# The numbers of layers that mmdet's and mmseg's own configs give for these depths.
+NUM_LAYERS = {(3, 3, 9, 3): 6, (3, 3, 27, 3): 12}
+
+
+class Model(nn.Module):
+    def __init__(self, depths=(3, 3, 9, 3)):
+        super().__init__()
+        self.backbone = ConvNeXtV2(dict(depths=depths, dims=(4, 6, 8, 10)))
+        self.head = nn.Conv2d(10, 3, 1)
+
+
+def optim_wrapper_cfg(**paramwise_cfg):
+    return dict(
+        type='OptimWrapper',
+        constructor='mmcnv2.LayerDecayOptimWrapperConstructor',
+        optimizer=dict(type='AdamW', lr=1e-2, weight_decay=0.05),
+        paramwise_cfg=paramwise_cfg,
+    )
+
+
+def settings(model, **paramwise_cfg):
+    """Return the learning rate and weight decay of each parameter, by name."""
+    wrapper = build_optim_wrapper(model, optim_wrapper_cfg(**paramwise_cfg))
+    names = {param: name for name, param in model.named_parameters()}
+    rows = [
+        (names[param], (group['lr'], group['weight_decay']))
+        for group in wrapper.optimizer.param_groups
+        for param in group['params']
+    ]
+    assert len(rows) == len(dict(rows))  # no parameter twice
+    return dict(rows)
+
+
+@pytest.mark.parametrize('depths', NUM_LAYERS, ids=str)
+@pytest.mark.parametrize('decay_type', ['layer_wise', 'stage_wise'])
+def test_is_the_published_rule(depths, decay_type):
+    model = Model(depths)
+    num_layers = NUM_LAYERS[depths]
+    found = settings(model, decay_rate=0.9, decay_type=decay_type)
+    assert set(found) == {name for name, _ in model.named_parameters()}
+    for name, param in model.named_parameters():
+        if decay_type == 'layer_wise':
+            layer = get_layer_id_for_convnext(name, num_layers)
+        else:
+            layer = get_stage_id_for_convnext(name, num_layers + 2)
+        spared = param.dim() == 1 or name.endswith(('.bias', '.gamma', '.beta'))
+        lr = 1e-2 * 0.9 ** (num_layers + 1 - layer)
+        assert found[name] == (pytest.approx(lr), 0.0 if spared else 0.05), name
+
+
+@pytest.mark.parametrize('arch', ARCHITECTURES)
+def test_groups_of_every_size(arch):
+    """The stem 0, stages 1 and 2, three blocks a group, the last stage, the rest."""
+    depths = DEPTHS[arch]
+    last = {'atto': 5, 'femto': 5, 'pico': 5, 'nano': 6, 'tiny': 6}.get(arch, 12)
+    groups = [
+        ('downsample_layers.0.0.weight', 0),
+        ('stages.0.1.grn.gamma', 1),
+        ('downsample_layers.1.0.bias', 2),
+        ('stages.1.0.dwconv.weight', 2),
+        ('downsample_layers.2.1.weight', 3),
+        ('stages.2.2.pwconv1.weight', 3),
+        ('stages.2.3.pwconv1.weight', 4),
+        (f'stages.2.{depths[2] - 1}.norm.bias', last - 1),
+        ('downsample_layers.3.1.weight', last),
+        ('stages.3.0.pwconv2.bias', last),
+        ('norm2.weight', last + 1),
+    ]
+    for name, group in groups:
+        assert layer_group(name, depths, 'layer_wise') == group, name
+
+
+def test_grn_is_not_decayed():
+    found = settings(Model(), decay_rate=1.0)
+    assert found['backbone.stages.2.0.grn.gamma'] == (1e-2, 0.0)
+    assert found['backbone.stages.2.0.grn.beta'] == (1e-2, 0.0)
+    assert found['backbone.stages.2.0.pwconv1.weight'] == (1e-2, 0.05)
+
+
+def test_frozen_parameters_are_left_out():
+    model = Model()
+    model.head.requires_grad_(False)
+    found = settings(model, decay_rate=0.9)
+    assert found
+    assert not any(name.startswith('head.') for name in found)
+
+
+def test_logs_its_groups_once(tmp_path):
+    log = tmp_path / 'log'
+    MMLogger.get_instance('layer_decay_test', log_file=str(log))
+    settings(Model(), decay_rate=0.5)
+    (row,) = [line for line in log.read_text().splitlines() if 'layer_7_decay' in line]
+    assert row.split() == ['layer_7_decay', '0.01', '1.0000', '0.05', '30']
+
+
+@pytest.mark.parametrize(
+    ('paramwise_cfg', 'message'),
+    [
+        (dict(decay_type='layer_wise'), "holds 'decay_rate'"),
+        (dict(decay_rate=0.9, layers=3), "but got .*'layers'"),
+        (dict(decay_rate=0.0), r'decay_rate is 0.0; give it in \(0, 1\]'),
+        (dict(decay_rate=0.9, decay_type='block'), "unknown decay_type 'block'"),
+        (dict(decay_rate=0.9, num_layers=12), 'make 6 groups; leave num_layers out'),
+    ],
+)
+def test_wrong_settings(paramwise_cfg, message):
+    with pytest.raises(ValueError, match=message):
+        settings(Model(), **paramwise_cfg)
+
+
+def test_needs_our_backbone():
+    with pytest.raises(ValueError, match='Linear has none'):
+        settings(nn.Linear(2, 2), decay_rate=0.9)

@@ -1,0 +1,279 @@
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import ConvNextV2Backbone, ConvNextV2Config
+
+from mmcnv2.models import ARCHITECTURES, ConvNeXtV2
+from mmcnv2.registry import MODELS
+
+CUSTOM = dict(depths=(1, 2, 1, 2), dims=(6, 10, 14, 22))
+
+# Parameters of the classifier and multiply-adds of its features at 224 x 224, as
+# mmpretrain's metafile gives them to the digit (the official README rounds them).
+PUBLISHED = {
+    'atto': (3_708_400, 551_718_080),
+    'femto': (5_233_240, 784_892_544),
+    'pico': (9_066_280, 1_374_072_320),
+    'nano': (15_623_800, 2_454_926_720),
+    'tiny': (28_635_496, 4_469_631_744),
+    'base': (88_717_800, 15_382_561_792),
+    'large': (197_956_840, 34_403_182_080),
+    'huge': (660_289_640, 114_998_639_360),
+}
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Give every parameter a value that matters: GRN starts at zero otherwise."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            noise = torch.randn(param.shape, generator=generator)
+            one = 1.0 if name.split('.')[-2].startswith('norm') else 0.0
+            fan_in = param[0].numel() if param.dim() in (2, 4) else 25
+            param.copy_(one * name.endswith('weight') + noise / fan_in**0.5)
+    return model
+
+
+def transformers_twin(model: ConvNeXtV2) -> tuple[nn.Module, dict[str, str]]:
+    """Return transformers' own model with our weights, and the names of its parameters.
+
+    The names are matched by hand, one rule a line, to share nothing with the package.
+    """
+    twin = ConvNextV2Backbone(
+        ConvNextV2Config(
+            num_channels=model.in_channels,
+            hidden_sizes=list(model.dims),
+            depths=list(model.depths),
+            out_features=['stage1', 'stage2', 'stage3', 'stage4'],
+        )
+    )
+    names = {}
+    for name in model.state_dict():
+        other = name
+        for i in range(4):
+            other = other.replace(f'downsample_layers.{i}.', f'stages.{i}.downsample.')
+            other = other.replace(f'norm{i}.', f'hidden_states_norms.stage{i + 1}.')
+        other = other.replace('stages.0.downsample.0.', 'embeddings.patch_embeddings.')
+        other = other.replace('stages.0.downsample.1.', 'embeddings.layernorm.')
+        other = other.replace('downsample.', 'downsampling_layer.')
+        other = other.replace('stages.', 'encoder.stages.')
+        if name.startswith('stages.'):
+            _, stage, block, rest = name.split('.', 3)
+            rest = rest.replace('norm.', 'layernorm.')
+            rest = rest.replace('grn.gamma', 'grn.weight').replace('beta', 'bias')
+            other = f'encoder.stages.{stage}.layers.{block}.{rest}'
+        names[name] = other
+    weights = {names[name]: value for name, value in model.state_dict().items()}
+    twin.load_state_dict(weights)
+    return twin, names
+
+
+@pytest.mark.parametrize('arch', ['atto', 'tiny', CUSTOM], ids=str)
+@pytest.mark.parametrize('size', [(64, 64), (75, 101)], ids=str)
+def test_equals_transformers(arch, size):
+    model = randomise(ConvNeXtV2(arch, in_channels=3)).train()
+    twin, names = transformers_twin(model)
+    image = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
+
+    outs = model(image)
+    expected = twin(image).feature_maps
+    grads = [torch.randn_like(out) for out in outs]
+    torch.autograd.backward(outs, grads)
+    torch.autograd.backward(expected, grads)
+
+    for out, other in zip(outs, expected, strict=True):
+        torch.testing.assert_close(out, other, rtol=1e-4, atol=1e-4)
+    twin_params = dict(twin.named_parameters())
+    for name, param in model.named_parameters():
+        other = twin_params[names[name]].grad
+        scale = other.abs().max()
+        torch.testing.assert_close(param.grad / scale, other / scale, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize('arch', ARCHITECTURES)
+def test_published_size(arch):
+    normalised = 0
+
+    def count(module, inputs, output):
+        nonlocal normalised
+        normalised += output.numel()
+
+    with torch.device('meta'):
+        backbone = ConvNeXtV2(arch, out_indices=(3,))
+        head = nn.Linear(backbone.dims[-1], 1000)
+        for module in backbone.modules():
+            if isinstance(module, nn.LayerNorm) and module is not backbone.norm3:
+                module.register_forward_hook(count)
+        with FlopCounterMode(display=False) as counter:
+            backbone(torch.empty(1, 3, 224, 224))
+    # The classifier's last norm comes after the pooling.
+    normalised += backbone.dims[-1]
+
+    params = sum(p.numel() for m in (backbone, head) for p in m.parameters())
+    # The counter counts a multiply-add as two and leaves LayerNorm, five operations
+    # an element, out.
+    flops = counter.get_total_flops() // 2 + 5 * normalised
+    assert (params, flops) == PUBLISHED[arch]
+
+
+@pytest.mark.parametrize(
+    ('out_indices', 'stages'),
+    [((0, 1, 2, 3), (0, 1, 2, 3)), ((-1,), (3,)), ((2, 0), (0, 2)), ((-3, 2), (1, 2))],
+)
+def test_out_indices(out_indices, stages):
+    every = randomise(ConvNeXtV2(CUSTOM)).eval()
+    some = ConvNeXtV2(CUSTOM, out_indices=out_indices).eval()
+    some.load_state_dict(
+        {k: v for k, v in every.state_dict().items() if k in some.state_dict()}
+    )
+    image = torch.randn(1, 3, 64, 96)
+    outs = every(image)
+    for out, stage in zip(some(image), stages, strict=True):
+        torch.testing.assert_close(out, outs[stage], rtol=0, atol=0)
+    assert len(some.stages) == max(stages) + 1
+
+
+def test_mmcv_operators_read_the_outputs_right():
+    ops = pytest.importorskip('mmcv.ops')
+    features = ConvNeXtV2(CUSTOM)(torch.randn(2, 3, 64, 64))[0]
+    rois = torch.tensor([[0.0, 1, 2, 9, 12], [1, 0, 0, 15, 8]])
+    pooled = ops.RoIAlign((3, 3))(features, rois)
+    expected = ops.RoIAlign((3, 3))(torch.tensor(features.tolist()), rois)
+    torch.testing.assert_close(pooled, expected)
+
+
+@pytest.mark.parametrize('size', [(32, 32), (33, 47), (63, 32), (224, 160)], ids=str)
+def test_any_size(size):
+    outs = ConvNeXtV2(CUSTOM)(torch.randn(1, 3, *size))
+    for i, out in enumerate(outs):
+        stride = 2 ** (i + 2)
+        shape = (1, CUSTOM['dims'][i], size[0] // stride, size[1] // stride)
+        assert out.shape == shape
+
+
+def test_checkpointing_changes_nothing():
+    plain = randomise(ConvNeXtV2(CUSTOM)).train()
+    saving = ConvNeXtV2(CUSTOM, with_cp=True).train()
+    saving.load_state_dict(plain.state_dict())
+    image = torch.randn(2, 3, 64, 64)
+    for model in (plain, saving):
+        model(image)[-1].square().sum().backward()
+    for expected, param in zip(plain.parameters(), saving.parameters(), strict=True):
+        if expected.grad is None:  # output norms of the other stages
+            assert param.grad is None
+            continue
+        torch.testing.assert_close(param.grad, expected.grad, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('frozen_stages', [-1, 0, 1, 2, 4])
+def test_frozen_stages(frozen_stages):
+    model = ConvNeXtV2(CUSTOM, frozen_stages=frozen_stages, drop_path_rate=0.5).train()
+    for stage in range(4):
+        stem_frozen = stage < max(frozen_stages, 1) and frozen_stages >= 0
+        blocks_frozen = stage < frozen_stages
+        for module, frozen in (
+            (model.downsample_layers[stage], stem_frozen),
+            (model.stages[stage], blocks_frozen),
+        ):
+            assert all(p.requires_grad != frozen for p in module.parameters())
+            assert all(m.training != frozen for m in module.modules())
+
+
+def test_drop_path_rates_grow_linearly():
+    model = ConvNeXtV2('atto', drop_path_rate=0.22)
+    rates = [block.drop_path.drop_prob for stage in model.stages for block in stage]
+    assert rates == pytest.approx([0.02 * i for i in range(12)])
+
+
+def test_drop_path_keeps_the_mean():
+    block = ConvNeXtV2(CUSTOM, drop_path_rate=0.5).train().stages[3][1]
+    dropped = block.drop_path(torch.ones(4000, 2, 2, 1))
+    assert set(dropped.unique().tolist()) == {0.0, 2.0}
+    assert (dropped.flatten(1).std(1) == 0).all()  # one decision a picture
+    assert dropped.mean().item() == pytest.approx(1, abs=0.06)
+
+
+def test_initialisation():
+    model = MODELS.build(dict(type='ConvNeXtV2', arch='atto'))
+    model.init_weights()
+    for name, param in model.named_parameters():
+        if name.endswith(('bias', 'beta', 'gamma')):
+            assert (param == 0).all(), name
+        elif param.dim() == 1:
+            assert (param == 1).all(), name
+        elif param.numel() > 1000:
+            assert param.std().item() == pytest.approx(0.02, rel=0.1), name
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+def test_autocast_trains(dtype):
+    model = randomise(ConvNeXtV2(CUSTOM))
+    image = torch.randn(2, 3, 64, 64)
+    expected = model(image)[-1]
+    with torch.autocast('cpu', dtype=dtype):
+        out = model(image)[-1]
+    out.float().square().mean().backward()
+    torch.testing.assert_close(out.float(), expected, rtol=0.1, atol=0.1)
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert grads
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+def test_compiles_to_one_graph():
+    model = randomise(ConvNeXtV2(CUSTOM)).eval()
+    image = torch.randn(2, 3, 64, 96)
+    # The graph itself is what is tested; generating C++ for it would only take long.
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    for out, expected in zip(compiled(image), model(image), strict=True):
+        torch.testing.assert_close(out, expected)
+
+
+def test_exports_to_onnx():
+    onnxruntime = pytest.importorskip('onnxruntime')
+    model = randomise(ConvNeXtV2(CUSTOM)).eval()
+    image = torch.randn(1, 3, 64, 96)
+    program = torch.onnx.export(
+        model,
+        (image,),
+        dynamo=True,
+        dynamic_shapes=({0: 'batch', 2: 'height', 3: 'width'},),
+    )
+    buffer = io.BytesIO()
+    program.save(buffer)
+    session = onnxruntime.InferenceSession(buffer.getvalue())
+    for size in [(1, 3, 64, 96), (2, 3, 75, 101)]:
+        image = torch.randn(size)
+        outs = session.run(None, {session.get_inputs()[0].name: image.numpy()})
+        for out, expected in zip(outs, model(image), strict=True):
+            torch.testing.assert_close(
+                torch.from_numpy(out), expected, rtol=1e-4, atol=1e-4
+            )
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'message'),
+    [
+        (dict(arch='small'), "unknown arch 'small'; choose one of atto, femto"),
+        (dict(arch=dict(depths=(1, 1, 1, 1))), "holds 'depths' and 'dims'"),
+        (dict(arch=dict(depths=(1, 1, 1), dims=(8,) * 4)), '4 numbers each'),
+        (dict(out_indices=()), 'at least one'),
+        (dict(out_indices=(0, 4)), 'from -4 to 3'),
+        (dict(out_indices=(3, -1)), 'different stages'),
+        (dict(frozen_stages=5), 'frozen_stages is 5; give it from -1'),
+        (dict(drop_path_rate=1.0), r'drop_path_rate is 1.0; give it in \[0, 1\)'),
+    ],
+)
+def test_wrong_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        ConvNeXtV2(**kwargs)
+
+
+def test_wrong_pictures():
+    model = ConvNeXtV2(CUSTOM, in_channels=4)
+    with pytest.raises(ValueError, match=r'\(N, 4, H, W\) expected.*\(1, 3, 64, 64\)'):
+        model(torch.zeros(1, 3, 64, 64))
+    with pytest.raises(ValueError, match=r'at least 32 pixels.*\(64, 31\)'):
+        model(torch.zeros(1, 4, 64, 31))

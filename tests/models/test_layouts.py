@@ -1,0 +1,144 @@
+"""Running on visible patches equals running on everything and masking every step."""
+
+import pytest
+import torch
+
+from mmcnv2.models import ConvNeXtV2
+
+from .masked_reference import masked_encoder, visible_tokens
+
+CUSTOM = dict(depths=(1, 2, 1, 2), dims=(6, 10, 14, 22))
+TOLERANCE = {
+    torch.float32: dict(rtol=1e-3, atol=1e-4),
+    torch.float64: dict(rtol=1e-9, atol=1e-10),
+}
+
+
+def encoder(arch, dtype, **kwargs):
+    torch.manual_seed(0)
+    model = ConvNeXtV2(arch, output_norm=False, **kwargs).to(dtype)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if 'grn' in name or name.endswith('bias'):
+                param.normal_(std=0.3)
+    return model
+
+
+def random_mask(n, h, w, ratio):
+    hidden = min(max(round(h * w * ratio), 1), h * w - 1)
+    order = torch.rand(n, h * w).argsort(1)
+    return (order < hidden).view(n, h, w)
+
+
+def check_against_reference(model, image, mask):
+    names, params = zip(*model.named_parameters(), strict=True)
+    tolerance = TOLERANCE[image.dtype]
+    image.requires_grad_()
+    outs = model(image, mask)
+    reference = masked_encoder(
+        dict(model.named_parameters()), model.depths, image, mask
+    )
+    expected = [visible_tokens(x, mask) for x in reference]
+    directions = [torch.randn_like(out) for out in outs]
+    inputs = (image, *params)
+    grads = torch.autograd.grad(outs, inputs, directions)
+    expected_grads = torch.autograd.grad(expected, inputs, directions)
+
+    for out, other in zip(outs, expected, strict=True):
+        torch.testing.assert_close(out, other, **tolerance)
+    for name, grad, other in zip(('image', *names), grads, expected_grads, strict=True):
+        scale = other.abs().max().clamp(min=1e-6)
+        torch.testing.assert_close(
+            grad / scale, other / scale, **tolerance, msg=lambda m, n=name: f'{n}: {m}'
+        )
+
+
+@pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
+@pytest.mark.parametrize('ratio', [0.25, 0.6, 0.9])
+@pytest.mark.parametrize(
+    ('n', 'size'),
+    [(1, (224, 224)), (2, (160, 288)), (5, (96, 64))],
+    ids=str,
+)
+def test_equals_dense_masked(n, size, ratio, dtype):
+    model = encoder(CUSTOM, dtype)
+    mask = random_mask(n, size[0] // 32, size[1] // 32, ratio)
+    check_against_reference(model, torch.randn(n, 3, *size, dtype=dtype), mask)
+
+
+@pytest.mark.parametrize('arch', ['atto', 'tiny'])
+def test_published_sizes_equal_dense_masked(arch):
+    mask = random_mask(2, 3, 4, 0.6)
+    image = torch.randn(2, 3, 96, 128, dtype=torch.float64)
+    check_against_reference(encoder(arch, torch.float64), image, mask)
+
+
+def test_nothing_hidden_equals_the_dense_encoder():
+    model = encoder(CUSTOM, torch.float64)
+    image = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    mask = torch.zeros(2, 2, 3, dtype=torch.bool)
+    for out, dense in zip(model(image, mask), model(image), strict=True):
+        torch.testing.assert_close(out, visible_tokens(dense, mask))
+
+
+def test_hidden_pixels_have_no_influence():
+    model = encoder(CUSTOM, torch.float32)
+    mask = random_mask(3, 3, 4, 0.6)
+    hidden = mask.repeat_interleave(32, 1).repeat_interleave(32, 2)[:, None]
+    image = torch.randn(3, 3, 96, 128, requires_grad=True)
+    outs = model(image, mask)
+    sum(out.square().sum() for out in outs).backward()
+    assert (image.grad * hidden == 0).all()
+    assert (image.grad * ~hidden != 0).any()
+
+    other = torch.where(hidden, 1e6 * torch.randn_like(image), image)
+    for out, same in zip(outs, model(other, mask), strict=True):
+        assert torch.equal(out, same)
+
+
+def test_companions_have_no_influence():
+    model = encoder(CUSTOM, torch.float64)
+    mask = random_mask(3, 3, 4, 0.6)
+    image = torch.randn(3, 3, 96, 128, dtype=torch.float64)
+    for out, alone in zip(
+        model(image, mask), model(image[1:2], mask[1:2]), strict=True
+    ):
+        torch.testing.assert_close(out[1:2], alone, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype):
+    model = encoder(CUSTOM, torch.float32)
+    mask = random_mask(2, 3, 4, 0.6)
+    image = torch.randn(2, 3, 96, 128)
+    expected = model(image, mask)[-1]
+    with torch.autocast('cpu', dtype=dtype):
+        out = model(image, mask)[-1]
+    out.float().square().mean().backward()
+    torch.testing.assert_close(out.float(), expected, rtol=0.1, atol=0.1)
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_checkpointing_changes_nothing():
+    plain, saving = (encoder(CUSTOM, torch.float32, with_cp=c) for c in (False, True))
+    mask = random_mask(2, 3, 4, 0.6)
+    image = torch.randn(2, 3, 96, 128)
+    for model in (plain, saving):
+        model(image, mask)[-1].square().sum().backward()
+    for a, b in zip(plain.parameters(), saving.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_wrong_masks():
+    model = encoder(CUSTOM, torch.float32)
+    image = torch.zeros(2, 3, 64, 96)
+    uneven = torch.zeros(2, 2, 3, dtype=torch.bool)
+    uneven[0, 0, 0] = True
+    with pytest.raises(ValueError, match=r'visible ones are \[5, 6\]'):
+        model(image, uneven)
+    with pytest.raises(ValueError, match=r'bool mask of shape \(2, 2, 3\) expected'):
+        model(image, torch.zeros(2, 3, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match='bool mask.*torch.float32'):
+        model(image, torch.zeros(2, 2, 3))
+    with pytest.raises(ValueError, match=r'multiples of 32, but got \(64, 97\)'):
+        model(torch.zeros(2, 3, 64, 97), torch.zeros(2, 2, 3, dtype=torch.bool))

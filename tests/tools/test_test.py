@@ -1,0 +1,82 @@
+"""``tools/test.py`` and ``dist_test.sh`` from the command line."""
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import cv2
+import numpy as np
+import pytest
+from mmengine.config import Config
+
+Run = Callable[..., CompletedProcess]
+RunHere = Callable[..., None]
+
+
+def assert_painted(folder: Path, pictures: Path, count: int) -> None:
+    painted = sorted(folder.rglob('*.png'))
+    assert len(painted) == count
+    plain = cv2.imread(str(pictures / '0.png'))
+    assert not np.array_equal(cv2.imread(str(painted[0])), plain)
+
+
+def test_detection(
+    run: Run, trained: dict[str, Path], tools_folder: Path, tmp_path: Path
+) -> None:
+    out = ['--out', tmp_path / 'out.pkl', '--show-dir', 'shown']
+    where = ['--work-dir', tmp_path / 'run']
+    output = run('test.py', 'det.py', trained['det'], *where, *out).stdout
+    assert 'coco/bbox_mAP' in output
+    assert 'coco/segm_mAP' in output
+    predictions = pickle.loads((tmp_path / 'out.pkl').read_bytes())
+    assert len(predictions) == 4
+    masks = predictions[0]['pred_instances']['masks']
+    assert masks[0]['size'] == [64, 96], 'masks are run-length encoded'
+    assert_painted(tmp_path / 'run', tools_folder / 'data' / 'pictures', 4)
+
+
+def test_segmentation(
+    run: Run, trained: dict[str, Path], tools_folder: Path, tmp_path: Path
+) -> None:
+    out = ['--out', tmp_path / 'maps', '--show-dir', tmp_path / 'shown']
+    where = ['--work-dir', tmp_path / 'run']
+    output = run('test.py', 'seg.py', trained['seg'], *where, *out).stdout
+    assert 'mIoU' in output
+    maps = sorted((tmp_path / 'maps').iterdir())
+    assert [path.name for path in maps] == ['0.png', '1.png', '2.png', '3.png']
+    label = cv2.imread(str(maps[0]), cv2.IMREAD_UNCHANGED)
+    assert label.shape == (64, 96)
+    assert label.max() <= 1
+    assert_painted(tmp_path / 'shown', tools_folder / 'data' / 'pictures', 4)
+
+
+def test_two_processes_with_tta(
+    run: Run, trained: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv('PORT', '29534')
+    args = ['--work-dir', tmp_path / 'run', '--tta', '--out', tmp_path / 'maps']
+    output = run('dist_test.sh', 'seg.py', trained['seg'], 2, *args).stdout
+    assert 'mIoU' in output
+    assert len(list((tmp_path / 'maps').iterdir())) == 4
+    cfg = Config.fromfile(tmp_path / 'run' / 'seg.py')
+    assert cfg.model.type == 'SegTTAModel'
+    assert cfg.model.module.type == 'EncoderDecoder'
+    assert cfg.test_dataloader.dataset.pipeline == cfg.tta_pipeline
+
+
+def test_no_checkpoint(run_here: RunHere, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_here('test.py', 'seg.py', 'absent.pth')
+    assert 'there is no file absent.pth' in capsys.readouterr().err
+
+
+def test_tta_without_a_tta_model(run_here: RunHere, trained: dict[str, Path]) -> None:
+    with pytest.raises(SystemExit, match='needs tta_model and tta_pipeline'):
+        run_here('test.py', 'det.py', str(trained['det']), '--tta')
+
+
+def test_show_without_a_hook(run_here: RunHere, trained: dict[str, Path]) -> None:
+    no_hook = ['--cfg-options', 'default_hooks.visualization=None']
+    with pytest.raises(SystemExit, match=r'need default_hooks.visualization'):
+        run_here('test.py', 'seg.py', str(trained['seg']), '--show', *no_hook)

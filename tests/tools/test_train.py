@@ -1,0 +1,107 @@
+"""``tools/train.py`` and ``dist_train.sh`` from the command line."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import numpy as np
+import pytest
+import torch
+from mmengine.device import get_device
+
+import mmcnv2  # noqa: F401
+
+Run = Callable[..., CompletedProcess]
+RunHere = Callable[..., None]
+
+needs_cpu = pytest.mark.skipif(
+    get_device() != 'cpu', reason='there is an accelerator, for which --amp works'
+)
+
+
+def load(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def losses(checkpoint: dict) -> np.ndarray:
+    return checkpoint['message_hub']['log_scalars']['train/loss'].data[0]
+
+
+def test_both_tasks_train(trained: dict[str, Path]) -> None:
+    detector, segmentor = load(trained['det']), load(trained['seg'])
+    assert detector['meta']['epoch'] == 1
+    assert segmentor['meta']['iter'] == 4
+    assert np.isfinite(losses(detector)).all()
+    assert 'backbone.stages.0.0.grn.gamma' in detector['state_dict']
+    assert 'backbone.stages.0.0.grn.gamma' in segmentor['state_dict']
+
+
+def test_auto_scale_lr(trained: dict[str, Path]) -> None:
+    [group] = load(trained['det'])['optimizer']['param_groups']
+    assert group['lr'] == pytest.approx(1e-3 / 4), 'batches of 1, the rate is for 4'
+
+
+def test_resume_the_latest(run: Run, trained: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(trained['seg'].parent, tmp_path / 'run')
+    # The file names the checkpoint by its path, as MMEngine writes it.
+    latest = tmp_path / 'run' / 'iter_4.pth'
+    (tmp_path / 'run' / 'last_checkpoint').write_text(str(latest))
+    longer = ['--cfg-options', 'train_cfg.max_iters=6']
+    output = run(
+        'train.py', 'seg.py', '--work-dir', tmp_path / 'run', '--resume', *longer
+    ).stdout
+    assert 'Iter(train) [5/6]' in output
+    assert 'Iter(train) [4/6]' not in output
+    before, after = load(latest), load(tmp_path / 'run' / 'iter_6.pth')
+    assert len(losses(after)) == 6
+    np.testing.assert_array_equal(losses(after)[:4], losses(before))
+
+
+def test_resumed_run_ends_as_one_that_was_not_interrupted(
+    run: Run, trained: dict[str, Path], tmp_path: Path
+) -> None:
+    halfway = trained['seg'].with_name('iter_2.pth')
+    run('train.py', 'seg.py', '--work-dir', tmp_path, '--resume', halfway)
+    resumed, whole = load(tmp_path / 'iter_4.pth'), load(trained['seg'])
+    torch.testing.assert_close(resumed['state_dict'], whole['state_dict'])
+    np.testing.assert_allclose(losses(resumed), losses(whole), rtol=1e-5)
+
+
+def test_two_processes_train_as_one_does_on_the_joint_batch(
+    run: Run, trained: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv('PORT', '29533')
+    single = ['--cfg-options', 'train_dataloader.batch_size=1']
+    run('dist_train.sh', 'seg.py', 2, '--work-dir', tmp_path, *single)
+    # Steps of plain SGD agree only where the gradients do.
+    for name in ('iter_2.pth', 'iter_4.pth'):
+        joint, split = load(trained['seg'].with_name(name)), load(tmp_path / name)
+        for key, weight in split['state_dict'].items():
+            expected = joint['state_dict'][key]
+            torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_resume_from_nowhere(
+    run_here: RunHere, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run_here('train.py', 'seg.py', '--resume', 'absent.pth')
+    assert 'argument --resume: there is no file absent.pth' in capsys.readouterr().err
+
+
+def test_auto_scale_lr_without_a_base_batch_size(run_here: RunHere) -> None:
+    with pytest.raises(SystemExit, match='needs auto_scale_lr'):
+        run_here('train.py', 'seg.py', '--auto-scale-lr')
+
+
+@needs_cpu
+def test_amp_on_cpu(run_here: RunHere) -> None:
+    with pytest.raises(SystemExit, match='--amp needs an accelerator'):
+        run_here('train.py', 'seg.py', '--amp')
+
+
+def test_amp_with_another_wrapper(run_here: RunHere) -> None:
+    options = ['--cfg-options', 'optim_wrapper.type=ApexOptimWrapper']
+    with pytest.raises(SystemExit, match=r'optim_wrapper.type is ApexOptimWrapper'):
+        run_here('train.py', 'seg.py', '--amp', *options)

@@ -1,0 +1,101 @@
+"""Test a checkpoint with a config: detection, segmentation or pre-training."""
+
+import argparse
+
+from mmengine.config import Config, ConfigDict
+
+from mmcnv2.engine.launch import (
+    add_common_arguments,
+    build_runner,
+    checkpoint_path,
+    load_config,
+)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_common_arguments(parser)
+    parser.add_argument('checkpoint', type=checkpoint_path, help='path or URL')
+    parser.add_argument(
+        '--out',
+        help='where predictions go: for segmentation a folder of label maps, otherwise '
+        'a .pkl file',
+    )
+    parser.add_argument('--show', action='store_true', help='show each prediction')
+    parser.add_argument(
+        '--show-dir',
+        help='where painted predictions go: a folder, for detection one inside the '
+        "run's folder in the work dir",
+    )
+    parser.add_argument(
+        '--wait-time', type=float, default=2, help='seconds to show each for'
+    )
+    parser.add_argument(
+        '--tta',
+        action='store_true',
+        help="test-time augmentation by the config's tta_model and tta_pipeline",
+    )
+    return parser.parse_args()
+
+
+def enable_visualization(cfg: Config, args: argparse.Namespace) -> None:
+    hook = cfg.get('default_hooks', {}).get('visualization')
+    if hook is None:
+        raise SystemExit(
+            '--show and --show-dir need default_hooks.visualization in the config: '
+            "as dict(type='DetVisualizationHook') or dict(type='SegVisualizationHook')."
+        )
+    hook.draw = True
+    # The segmentation hook would draw every 50th batch.
+    hook.setdefault('interval', 1)
+    if args.show:
+        hook.show = True
+        hook.wait_time = args.wait_time
+    if args.show_dir and cfg.get('default_scope') == 'mmdet':
+        hook.test_out_dir = args.show_dir
+    elif args.show_dir:
+        cfg.visualizer.save_dir = args.show_dir
+
+
+def enable_tta(cfg: Config) -> None:
+    missing = [name for name in ('tta_model', 'tta_pipeline') if name not in cfg]
+    if missing:
+        raise SystemExit(
+            f'--tta needs {" and ".join(missing)} in the config: add them, or leave '
+            '--tta out.'
+        )
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset:
+        dataset = dataset.dataset
+    dataset.pipeline = cfg.tta_pipeline
+
+
+def write_predictions(cfg: Config, out: str) -> None:
+    evaluator = cfg.test_evaluator
+    metrics = list(evaluator) if isinstance(evaluator, list | tuple) else [evaluator]
+    if cfg.get('default_scope') == 'mmseg':
+        for metric in metrics:
+            metric.output_dir = out
+        return
+    dump = (
+        'mmdet.DumpDetResults' if cfg.get('default_scope') == 'mmdet' else 'DumpResults'
+    )
+    cfg.test_evaluator = [*metrics, {'type': dump, 'out_file_path': out}]
+
+
+def main() -> None:
+    args = parse_args()
+    cfg = load_config(args)
+    cfg.load_from = args.checkpoint
+    if args.show or args.show_dir:
+        enable_visualization(cfg, args)
+    if args.tta:
+        enable_tta(cfg)
+    if args.out:
+        write_predictions(cfg, args.out)
+    build_runner(cfg).test()
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,84 @@
+"""Train with a config: detection, segmentation or pre-training."""
+
+import argparse
+
+from mmengine.config import Config
+from mmengine.device import get_device
+
+from mmcnv2.engine.launch import (
+    add_common_arguments,
+    build_runner,
+    checkpoint_path,
+    load_config,
+)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_common_arguments(parser)
+    parser.add_argument(
+        '--amp', action='store_true', help='train in mixed precision (AmpOptimWrapper)'
+    )
+    parser.add_argument(
+        '--auto-scale-lr',
+        action='store_true',
+        help='scale the learning rate from auto_scale_lr.base_batch_size to the actual '
+        'batch size',
+    )
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        type=resume_path,
+        help='go on from this checkpoint, or from the latest in the work dir if none '
+        'is given',
+    )
+    return parser.parse_args()
+
+
+def resume_path(text: str) -> str:
+    return text if text == 'auto' else checkpoint_path(text)
+
+
+def enable_amp(cfg: Config) -> None:
+    wrapper = cfg.optim_wrapper
+    kind = wrapper.get('type', 'OptimWrapper')
+    if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
+        raise SystemExit(
+            f'--amp turns OptimWrapper into AmpOptimWrapper, but optim_wrapper.type is '
+            f'{kind}: leave --amp out and set up mixed precision in the config.'
+        )
+    if get_device() == 'cpu':
+        raise SystemExit(
+            '--amp needs an accelerator, and there is none: AmpOptimWrapper cannot run '
+            'on CPUs. Leave --amp out.'
+        )
+    wrapper.type = 'AmpOptimWrapper'
+    wrapper.setdefault('loss_scale', 'dynamic')
+
+
+def enable_auto_scale_lr(cfg: Config) -> None:
+    if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+        raise SystemExit(
+            '--auto-scale-lr needs auto_scale_lr = dict(base_batch_size=...) in the '
+            'config: the batch size, over all processes, that its learning rate is for.'
+        )
+    cfg.auto_scale_lr.enable = True
+
+
+def main() -> None:
+    args = parse_args()
+    cfg = load_config(args)
+    if args.amp:
+        enable_amp(cfg)
+    if args.auto_scale_lr:
+        enable_auto_scale_lr(cfg)
+    if args.resume:
+        cfg.resume = True
+        # Without a path the runner looks for the latest checkpoint itself.
+        cfg.load_from = None if args.resume == 'auto' else args.resume
+    build_runner(cfg).train()
+
+
+if __name__ == '__main__':
+    main()
