@@ -26,7 +26,7 @@ model = dict(
 train_cfg = dict(max_iters=500, val_interval=250)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=50),
-    dict(type='CosineAnnealingLR', by_epoch=False, begin=50, end=500, T_max=450),
+    dict(type='CosineAnnealingLR', by_epoch=False),
 ]
 optim_wrapper = dict(
     type='OptimWrapper',

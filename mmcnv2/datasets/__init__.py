@@ -1,5 +1,7 @@
 """Data sets of mmcnv2."""
 
 from .demo_scenes import DemoScenes
+from .transforms import PackPretrainInputs, RandomResizedCrop
+from .unlabelled import UnlabelledImages
 
-__all__ = ['DemoScenes']
+__all__ = ['DemoScenes', 'PackPretrainInputs', 'RandomResizedCrop', 'UnlabelledImages']

@@ -17,7 +17,7 @@ SIDE = 256
 
 # Sprites are drawn at twice their size and then reduced, which smooths their edges.
 _SUPERSAMPLING = 2
-_SIZES = (32, 136)
+_SIZES = (48, 160)
 _SHADOW_REACH = 14
 # An object is labelled only if this much of it can be seen, in pixels and as a share.
 _MIN_AREA = 90

@@ -184,7 +184,7 @@ class UnlabelledImages(BaseDataset):
         return sample
 
     def _note_broken(self, idx: int, path: str, error: Exception) -> None:
-        reason = f'{type(error).__name__}: {error}'
+        reason = f'{type(error).__name__}: {str(error).strip()}'
         if self.test_mode:
             raise RuntimeError(f'Cannot read the picture {path}. ({reason})') from error
         self._replaced.append(path)

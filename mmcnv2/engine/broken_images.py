@@ -76,8 +76,9 @@ class BrokenImagesHook(Hook):
     def _report(self, runner: Runner) -> None:
         file = Path(runner.log_dir, _FILE)
         file.write_text(''.join(f'{path}\n' for path in sorted(self._broken)))
+        # MMEngine would not log the same words again in the next epoch.
         print_log(
-            f'{self._count(runner)} could not be read and were replaced by others. '
+            f'By iteration {runner.iter} {self._count(runner)} could not be read and were replaced by others. '
             f'All paths are in {file}; the first: {self._first()}',
             logger='current',
             level=logging.WARNING,

@@ -7,10 +7,8 @@ import torch
 from mmengine.model import BaseDataPreprocessor
 from torch import Tensor
 
-from mmcnv2.registry import MODELS
-
-# The total stride of the network, and the side of the patches that FCMAE hides.
-STRIDE = 32
+from ..registry import MODELS
+from .convnextv2 import STRIDE
 
 
 @MODELS.register_module()
@@ -81,6 +79,17 @@ class FCMAEDataPreprocessor(BaseDataPreprocessor):
         if self.bgr_to_rgb:
             inputs = inputs.flip(1)
         return {**data, 'inputs': (inputs - self.mean) / self.std}
+
+    def denormalise(self, inputs: Tensor) -> Tensor:
+        """Undo the normalisation.
+
+        Args:
+            inputs: Pictures as :meth:`forward` gives them, (N, C, H, W).
+
+        Returns:
+            The same in pixel units, the order of channels being the model's.
+        """
+        return inputs * self.std + self.mean
 
     def _check(self, shapes: list[tuple[int, ...]]) -> None:
         if len(set(shapes)) != 1:

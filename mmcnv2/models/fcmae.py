@@ -23,11 +23,11 @@ class FCMAE(BaseModel):
         neck (dict): The decoder, a :class:`FCMAEDecoder`; its ``in_channels`` and
             ``picture_channels`` follow from the backbone.
         head (dict): The loss, a :class:`FCMAEHead`.
+        data_preprocessor (dict): A :class:`FCMAEDataPreprocessor`.
         mask_ratio (float): Share of the patches that is hidden, in (0, 1).
             Defaults to 0.6.
         test_mask_seed (int): Seed of the masks in validation and testing, where each
             picture gets its own by its place in the data set. Defaults to 0.
-        data_preprocessor (dict, optional): Defaults to None.
         init_cfg (dict | list[dict], optional): Initialisation, MMEngine's. Defaults to
             None: each part has its own.
 
@@ -40,12 +40,12 @@ class FCMAE(BaseModel):
         backbone: dict,
         neck: dict,
         head: dict,
+        data_preprocessor: dict,
         mask_ratio: float = 0.6,
         test_mask_seed: int = 0,
-        data_preprocessor: dict | nn.Module | None = None,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
-        super().__init__(data_preprocessor, init_cfg)
+        super().__init__(MODELS.build(data_preprocessor), init_cfg)
         if not 0 < mask_ratio < 1:
             raise ValueError(f'mask_ratio is {mask_ratio}; give it in (0, 1)')
         self.mask_ratio = mask_ratio

@@ -208,6 +208,23 @@ def test_initialisation():
             assert param.std().item() == pytest.approx(0.02, rel=0.1), name
 
 
+def test_loads_mmpretrain_checkpoints(tmp_path):
+    source = randomise(ConvNeXtV2(CUSTOM))
+    weights = {}
+    for ours, value in source.state_dict().items():
+        name = ours.replace('dwconv', 'depthwise_conv')
+        name = name.replace('pwconv', 'pointwise_conv')
+        weights[f'backbone.{name}'] = value.flatten() if 'grn' in name else value
+    path = tmp_path / 'mmpretrain.pth'
+    torch.save({'state_dict': weights}, path)
+
+    init_cfg = dict(type='Pretrained', checkpoint=str(path), prefix='backbone.')
+    model = ConvNeXtV2(CUSTOM, init_cfg=init_cfg)
+    model.init_weights()
+    for name, value in source.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
 def test_autocast_trains(dtype):
     model = randomise(ConvNeXtV2(CUSTOM))

@@ -138,7 +138,7 @@ def test_wrong_masks():
         model(image, uneven)
     with pytest.raises(ValueError, match=r'bool mask of shape \(2, 2, 3\) expected'):
         model(image, torch.zeros(2, 3, 2, dtype=torch.bool))
-    with pytest.raises(ValueError, match='bool mask.*torch.float32'):
+    with pytest.raises(ValueError, match=r'bool mask.*torch.float32'):
         model(image, torch.zeros(2, 2, 3))
     with pytest.raises(ValueError, match=r'multiples of 32, but got \(64, 97\)'):
         model(torch.zeros(2, 3, 64, 97), torch.zeros(2, 2, 3, dtype=torch.bool))

@@ -19,6 +19,7 @@ train_pipeline = [
         recompute_bbox=True,
         allow_negative_crop=True,
     ),
+    dict(type='FilterAnnotations', min_gt_bbox_wh=(1e-2, 1e-2)),
     dict(type='RandomFlip', prob=0.5),
     dict(type='PackDetInputs'),
 ]

@@ -1,0 +1,3 @@
+_base_ = './fcmae_convnextv2-femto_800e_imagenet.py'
+
+train_cfg = dict(max_epochs=1600)

@@ -1,0 +1,5 @@
+"""What to measure of a pre-trained model."""
+
+from .reconstruction import ReconstructionMetric, hidden_psnr
+
+__all__ = ['ReconstructionMetric', 'hidden_psnr']

@@ -1,0 +1,145 @@
+"""Broken files through MMEngine's Runner, its loader workers, and two processes."""
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine.model import BaseModel
+from mmengine.runner import Runner
+from torch import nn
+
+from mmcnv2.models import FCMAEDataPreprocessor
+from mmcnv2.registry import HOOKS
+
+
+class Mean(BaseModel):
+    def __init__(self) -> None:
+        super().__init__(FCMAEDataPreprocessor([128.0] * 3, [64.0] * 3))
+        self.layer = nn.Linear(3, 1)
+
+    def forward(self, inputs: torch.Tensor, data_samples: list, mode: str) -> dict:
+        return {'loss': self.layer(inputs.mean((2, 3))).square().mean()}
+
+
+def draw(folder: Path, good: int, broken: int) -> Path:
+    folder.mkdir(exist_ok=True)
+    for i in range(good):
+        picture = np.full((32, 32, 3), i, np.uint8)
+        cv2.imwrite(str(folder / f'{i:02}.png'), picture)
+    for i in range(broken):
+        (folder / f'broken{i}.jpg').write_bytes(b'' if i % 2 else b'no picture')
+    return folder
+
+
+def make_runner(folder: Path, by_epoch: bool = True, **hook: Any) -> Runner:
+    names = ['LoadImageFromFile', 'mmcnv2.PackPretrainInputs']
+    dataset = dict(
+        type='mmcnv2.UnlabelledImages',
+        data_root=str(folder),
+        pipeline=[dict(type=name) for name in names],
+    )
+    length = dict(max_epochs=2) if by_epoch else dict(max_iters=10)
+    return Runner(
+        Mean(),
+        str(folder.parent / 'work'),
+        train_dataloader=dict(
+            dataset=dataset,
+            batch_size=3,
+            # The iterator of the other loop outlives it, and then waits for workers.
+            num_workers=2 if by_epoch else 0,
+            sampler=dict(type='DefaultSampler', shuffle=True),
+        ),
+        train_cfg=dict(by_epoch=by_epoch, **length),
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
+        custom_hooks=[dict(type='mmcnv2.BrokenImagesHook', **hook)],
+        default_hooks=dict(checkpoint=None),
+        randomness=dict(seed=0),
+        default_scope=None,
+        experiment_name=folder.parent.name,
+    )
+
+
+def log_of(runner: Runner) -> str:
+    return next(Path(runner.log_dir).glob('*.log')).read_text()
+
+
+@pytest.mark.parametrize('by_epoch', [True, False])
+def test_reports_and_goes_on(tmp_path, by_epoch):
+    folder = draw(tmp_path / 'pictures', good=18, broken=2)
+    runner = make_runner(folder, by_epoch, max_share=0.1)
+    runner.train()
+    assert runner.iter == (14 if by_epoch else 10)
+    broken = [str(folder / f'broken{i}.jpg') for i in range(2)]
+    listed = Path(runner.log_dir, 'broken_images.txt').read_text().splitlines()
+    assert listed == broken
+    log = log_of(runner)
+    assert log.count('2 of 20 pictures could not be read') == (2 if by_epoch else 1)
+    for path in broken:
+        assert log.count(f'Cannot read the picture {path}') == 1
+
+
+def test_stops_as_soon_as_too_many_are_broken(tmp_path):
+    folder = draw(tmp_path / 'pictures', good=15, broken=5)
+    runner = make_runner(folder, max_share=0.1)
+    message = r'[345] of 20 pictures .* max_share=0\.1 .*/broken\d\.jpg.* Mend or remove'
+    with pytest.raises(RuntimeError, match=message):
+        runner.train()
+    # Not at the end of the epoch.
+    assert runner.epoch == 0
+    assert runner.iter < 7
+
+
+def test_no_broken_file_no_word(tmp_path, caplog):
+    runner = make_runner(draw(tmp_path / 'pictures', 6, 0), max_share=0.0)
+    with caplog.at_level(logging.WARNING):
+        runner.train()
+    assert 'could not be read' not in log_of(runner)
+    assert not Path(runner.log_dir, 'broken_images.txt').exists()
+
+
+@pytest.mark.parametrize('share', [-0.1, 1.5])
+def test_share_out_of_range(share):
+    with pytest.raises(ValueError, match='max_share'):
+        HOOKS.build(dict(type='BrokenImagesHook', max_share=share))
+
+
+def train_as_one_of_two(folder: str) -> None:
+    """Run in each of two processes, by ``test_two_processes``."""
+    torch.distributed.init_process_group('gloo')
+    rank = torch.distributed.get_rank()
+    runner = make_runner(Path(folder), max_share=0.1)
+    # Each process meets half of the files in an epoch: only one broken one, and one is
+    # not too many of ten. Together they met two.
+    try:
+        runner.train()
+    except RuntimeError as error:
+        print(f'rank {rank} epoch {runner.epoch} iter {runner.iter}: {error}')
+
+
+def test_two_processes(tmp_path):
+    folder = draw(tmp_path / 'pictures', good=8, broken=2)
+    here = Path(__file__)
+    code = f'import {here.stem} as t; t.train_as_one_of_two({str(folder)!r})'
+    script = tmp_path / 'run.py'
+    script.write_text(code)
+    launcher = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
+    result = subprocess.run(
+        [*launcher, '--nproc-per-node=2', str(script)],
+        env={**os.environ, 'PYTHONPATH': f'{here.parent}:{here.parents[2]}'},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout
+    for rank in range(2):
+        # Five pictures of each process are two batches, and the end of the epoch.
+        assert f'rank {rank} epoch 0 iter 2: 2 of 10 pictures' in result.stdout

@@ -1,0 +1,238 @@
+import pytest
+import torch
+from mmengine.structures import BaseDataElement
+
+from mmcnv2.models import FCMAE, ConvNeXtV2
+from mmcnv2.models.fcmae import patchify, unpatchify
+from mmcnv2.registry import MODELS
+
+MEAN, STD = [100.0, 120.0, 140.0], [50.0, 60.0, 70.0]
+
+
+def fcmae(in_channels=3, head=None, **kwargs) -> FCMAE:
+    torch.manual_seed(0)
+    preprocessor = dict(
+        type='FCMAEDataPreprocessor',
+        mean=(MEAN * 2)[:in_channels],
+        std=(STD * 2)[:in_channels],
+    )
+    model = MODELS.build(
+        dict(
+            type='FCMAE',
+            data_preprocessor=preprocessor,
+            backbone=dict(
+                type='ConvNeXtV2',
+                arch=dict(depths=(1, 1, 1, 1), dims=(6, 8, 10, 12)),
+                in_channels=in_channels,
+                out_indices=(-1,),
+                output_norm=False,
+            ),
+            neck=dict(type='FCMAEDecoder', decoder_dim=16),
+            head=dict(type='FCMAEHead', **(head or {})),
+            **kwargs,
+        )
+    )
+    model.init_weights()
+    return model
+
+
+def samples(*indices):
+    return [BaseDataElement(metainfo=dict(sample_idx=i)) for i in indices]
+
+
+def test_patches_are_cut_by_row_column_and_channel():
+    pictures = torch.randn(2, 3, 64, 96)
+    patches = patchify(pictures)
+    assert patches.shape == (2, 2, 3, 32 * 32 * 3)
+    for n, i, j in [(0, 0, 0), (1, 1, 2), (0, 1, 1)]:
+        tile = pictures[n, :, 32 * i : 32 * (i + 1), 32 * j : 32 * (j + 1)]
+        assert torch.equal(patches[n, i, j], tile.permute(1, 2, 0).flatten())
+    assert torch.equal(unpatchify(patches), pictures)
+
+
+@pytest.mark.parametrize('norm_pix', [True, False])
+def test_loss_is_the_papers(norm_pix):
+    """The official loss, one hidden patch at a time."""
+    model = fcmae(head=dict(norm_pix=norm_pix))
+    pictures = torch.randn(2, 3, 64, 96)
+    mask = torch.tensor([[[1, 0, 1], [1, 1, 0]], [[0, 1, 1], [1, 0, 1]]]).bool()
+    prediction = model(pictures, mode='tensor', mask=mask)
+    errors = []
+    for n, i, j in mask.nonzero().tolist():
+        tile = pictures[n, :, 32 * i : 32 * (i + 1), 32 * j : 32 * (j + 1)]
+        target = tile.permute(1, 2, 0).flatten()
+        if norm_pix:
+            target = (target - target.mean()) / (target.var() + 1e-6) ** 0.5
+        errors.append((prediction[n, i, j] - target).square().mean())
+    loss = model(pictures, mode='loss', mask=mask)['loss']
+    torch.testing.assert_close(loss, torch.stack(errors).mean())
+
+
+def test_loss_does_not_see_visible_targets():
+    model = fcmae()
+    pictures = torch.randn(1, 3, 64, 64)
+    mask = torch.tensor([[[True, False], [False, True]]])
+    prediction = torch.randn(1, 2, 2, 3072, requires_grad=True)
+    model.head.loss(prediction, pictures, mask).sum().backward()
+    assert (prediction.grad[~mask] == 0).all()
+    assert (prediction.grad[mask] != 0).all()
+
+
+def test_decoder_puts_tokens_where_they_belong():
+    decoder = fcmae().neck
+    features = torch.randn(2, 2, 12)
+    mask = torch.tensor([[[True, False, True, False]], [[False, True, True, False]]])
+    expected = decoder.mask_token.expand(2, 1, 4, 16).clone()
+    for picture, places in ((0, (1, 3)), (1, (0, 3))):
+        for token, place in enumerate(places):
+            expected[picture, 0, place] = decoder.proj(features[picture, token])
+    (block,) = decoder.decoder
+    seen = []
+    block.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    decoder(features, mask)
+    torch.testing.assert_close(seen[0], expected)
+
+
+@pytest.mark.parametrize(
+    ('ratio', 'size', 'visible'),
+    [(0.6, (224, 224), 19), (0.75, (160, 288), 11), (0.9, (64, 160), 1)],
+)
+def test_random_mask(ratio, size, visible):
+    model = fcmae(mask_ratio=ratio)
+    pictures = torch.zeros(64, 3, *size)
+    mask = model.random_mask(pictures, torch.Generator().manual_seed(1))
+    again = model.random_mask(pictures, torch.Generator().manual_seed(1))
+    other = model.random_mask(pictures, torch.Generator().manual_seed(2))
+    assert mask.shape == (64, size[0] // 32, size[1] // 32)
+    assert ((~mask).flatten(1).sum(1) == visible).all()
+    assert torch.equal(mask, again)
+    assert not torch.equal(mask, other)
+    # Every place is hidden about as often as the others.
+    share = mask.float().mean(0)
+    assert (share - share.mean()).abs().max() < 0.3
+
+
+@pytest.mark.parametrize('ratio', [0.6, 0.1])
+def test_mask_must_leave_something_to_do(ratio):
+    model = fcmae(mask_ratio=ratio)
+    size = (32, 64) if ratio > 0.5 else (32, 32)
+    with pytest.raises(ValueError, match=r'visible; take larger pictures'):
+        model(torch.zeros(1, 3, *size), mode='loss')
+
+
+@pytest.mark.parametrize('ratio', [0, 1, 1.5, -0.1])
+def test_mask_ratio_out_of_range(ratio):
+    with pytest.raises(
+        ValueError, match=rf'mask_ratio is {ratio}; give it in \(0, 1\)'
+    ):
+        fcmae(mask_ratio=ratio)
+
+
+@pytest.mark.parametrize('in_channels', [1, 3, 4])
+@pytest.mark.parametrize('size', [(96, 64), (64, 160)], ids=str)
+def test_every_part_learns(in_channels, size):
+    model = fcmae(in_channels)
+    data = dict(
+        inputs=[torch.randint(0, 256, (in_channels, *size)) for _ in range(3)],
+        data_samples=samples(0, 1, 2),
+    )
+    batch = model.data_preprocessor(data)
+    loss = model(**batch, mode='loss')['loss']
+    loss.backward()
+    for name, param in model.named_parameters():
+        assert param.grad is not None, name
+        # GRN starts at zero, through which nothing reaches gamma's companions only.
+        assert param.grad.isfinite().all(), name
+        assert (param.grad != 0).any(), name
+
+
+def test_learns_to_fill_in_a_simple_picture():
+    """Stripes that run through the visible patches continue into the hidden ones."""
+    model = fcmae(head=dict(norm_pix=False))
+    stripes = torch.arange(96)[None, :].expand(96, 96) // 8 % 2 * 2.0 - 1
+    pictures = stripes.expand(4, 3, 96, 96).clone()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(60):
+        loss = model(pictures, mode='loss')['loss']
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > 0.9
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_prediction_undoes_the_normalisation():
+    """A prediction equal to the target gives back the very picture."""
+    model = fcmae()
+    raw = torch.rand(2, 3, 64, 96) * 255
+    batch = model.data_preprocessor(dict(inputs=raw, data_samples=samples(4, 5)))
+    pictures = batch['inputs']
+    mask = model.random_mask(pictures)
+    patches = patchify(pictures)
+    variance, mean = torch.var_mean(patches, -1, keepdim=True)
+    target = (patches - mean) / (variance + 1e-6).sqrt()
+    filled = model.head.fill_in(target, pictures, mask)
+    torch.testing.assert_close(
+        model.data_preprocessor.denormalise(filled), raw, rtol=1e-4, atol=1e-2
+    )
+
+
+def test_predict():
+    model = fcmae().eval()
+    raw = torch.rand(3, 3, 64, 96) * 255
+    batch = model.data_preprocessor(dict(inputs=raw, data_samples=samples(7, 8, 9)))
+    with torch.no_grad():
+        results = model(**batch, mode='predict')
+        alone = model(batch['inputs'][1:2], samples(8), mode='predict')[0]
+    for picture, result in zip(raw, results, strict=True):
+        hidden = result.mask.repeat_interleave(32, 0).repeat_interleave(32, 1)
+        assert result.mask.sum() == 4
+        torch.testing.assert_close(result.picture, picture, rtol=1e-4, atol=1e-2)
+        torch.testing.assert_close(
+            result.reconstruction * ~hidden, picture * ~hidden, rtol=1e-4, atol=1e-2
+        )
+        assert ((result.reconstruction - picture) * hidden).abs().max() > 1
+    assert not torch.equal(results[0].mask, results[1].mask)
+    # The batch has no influence on a picture's mask and result.
+    assert torch.equal(alone.mask, results[1].mask)
+    torch.testing.assert_close(alone.loss, results[1].loss)
+    # The mean of the losses is what training would minimise.
+    mask = torch.stack([result.mask for result in results])
+    loss = model(batch['inputs'], mode='loss', mask=mask)['loss']
+    torch.testing.assert_close(torch.stack([r.loss for r in results]).mean(), loss)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+def test_autocast_does_not_overflow(dtype):
+    model = fcmae()
+    # A nearly flat patch is blown up by its normalisation, and pixels are large.
+    pictures = 300 * torch.randn(2, 3, 64, 96)
+    pictures[:, :, :32] = 300 + 1e-3 * torch.randn(2, 3, 32, 96)
+    with torch.autocast('cpu', dtype=dtype):
+        loss = model(pictures, mode='loss')['loss']
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_weights_move_to_a_dense_backbone():
+    model = fcmae()
+    weights = {
+        name.removeprefix('backbone.'): value
+        for name, value in model.state_dict().items()
+        if name.startswith('backbone.')
+    }
+    dense = ConvNeXtV2(dict(depths=(1, 1, 1, 1), dims=(6, 8, 10, 12)))
+    missing, unexpected = dense.load_state_dict(weights, strict=False)
+    assert not unexpected
+    assert set(missing) == {
+        f'norm{i}.{k}' for i in range(4) for k in ('weight', 'bias')
+    }
+
+
+def test_unknown_mode():
+    with pytest.raises(ValueError, match="mode is 'train'; give 'loss'"):
+        fcmae()(torch.zeros(1, 3, 64, 64), mode='train')

@@ -1,0 +1,93 @@
+"""Our demos under MMDetection's and MMSegmentation's own tools and inferencers."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import mmdet
+import mmseg
+import numpy as np
+import pytest
+import torch
+from mmdet.apis import DetInferencer
+from mmseg.apis import MMSegInferencer
+
+from mmcnv2.datasets.demo_scenes import CLASSES, make_demo_scenes
+
+CONFIGS = Path(__file__).resolve().parents[2] / 'configs' / 'demo'
+COUNTS = dict(train=2, val=1, unlabelled=0)
+DETECTOR = 'mask-rcnn_convnextv2-atto_fpn_demo.py'
+SEGMENTOR = 'upernet_convnextv2-atto_demo.py'
+
+
+@pytest.fixture(scope='module')
+def scenes(tmp_path_factory):
+    return make_demo_scenes(tmp_path_factory.mktemp('scenes') / 'root', counts=COUNTS)
+
+
+def train(library, config, scenes, work_dir, *options):
+    """Train through the library's own ``tools/train.py``."""
+    tool = Path(library.__file__).parent / '.mim' / 'tools' / 'train.py'
+    settings = [
+        setting
+        for split in ('train', 'val', 'test')
+        for setting in (
+            f'{split}_dataloader.dataset.data_root={scenes}',
+            *(
+                f'{split}_dataloader.dataset.counts.{key}={value}'
+                for key, value in COUNTS.items()
+            ),
+            f'{split}_dataloader.num_workers=0',
+            f'{split}_dataloader.persistent_workers=False',
+        )
+    ]
+    command = [sys.executable, tool, CONFIGS / config, '--work-dir', work_dir]
+    subprocess.run(
+        [*map(str, command), '--cfg-options', *settings, *options],
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+        check=True,
+        cwd=work_dir,
+    )
+
+
+def picture_of(scenes):
+    (path,) = (scenes / 'images' / 'val').iterdir()
+    return path
+
+
+def test_mmdetection(scenes, tmp_path):
+    annotations = scenes / 'annotations' / 'val.json'
+    options = [
+        'train_cfg.max_epochs=1',
+        f'val_evaluator.ann_file={annotations}',
+        f'test_evaluator.ann_file={annotations}',
+    ]
+    train(mmdet, DETECTOR, scenes, tmp_path, *options)
+    inferencer = DetInferencer(
+        str(CONFIGS / DETECTOR), str(tmp_path / 'epoch_1.pth'), device='cpu'
+    )
+    weights = torch.load(tmp_path / 'epoch_1.pth', weights_only=True)['state_dict']
+    for name, value in inferencer.model.state_dict().items():
+        assert torch.equal(value, weights[name]), name
+
+    out = inferencer(str(picture_of(scenes)), out_dir=str(tmp_path), pred_score_thr=0.0)
+    (prediction,) = out['predictions']
+    assert prediction['labels']
+    assert set(prediction['labels']) <= set(range(len(CLASSES)))
+    assert np.isfinite(prediction['scores']).all()
+    assert cv2.imread(str(tmp_path / 'vis' / picture_of(scenes).name)) is not None
+    assert inferencer.visualizer.dataset_meta['classes'] == CLASSES
+
+
+def test_mmsegmentation(scenes, tmp_path):
+    options = ['train_cfg.max_iters=2', 'default_hooks.checkpoint.interval=2']
+    train(mmseg, SEGMENTOR, scenes, tmp_path, *options)
+    inferencer = MMSegInferencer(
+        str(CONFIGS / SEGMENTOR), str(tmp_path / 'iter_2.pth'), device='cpu'
+    )
+    out = inferencer(str(picture_of(scenes)), out_dir=str(tmp_path), show=False)
+    assert out['predictions'].shape == (256, 256)
+    assert set(np.unique(out['predictions'])) <= set(range(len(CLASSES) + 1))
+    assert cv2.imread(str(tmp_path / 'vis' / picture_of(scenes).name)) is not None
