@@ -201,12 +201,9 @@ class FCMAEInferencer(BaseInferencer):
     def _inputs_to_list(
         self, inputs: PictureInput | Sequence[PictureInput]
     ) -> list[dict[str, Any]]:
-        several = isinstance(inputs, Sequence) and not isinstance(inputs, str)
-        found = [
-            each
-            for given in (inputs if several else [inputs])
-            for each in _pictures_of(given)
-        ]
+        if isinstance(inputs, PictureInput):
+            inputs = [inputs]
+        found = [each for given in inputs for each in _pictures_of(given)]
         taken: set[Path] = set()
         for i, picture in enumerate(found):
             name = picture['name'].with_suffix('.png')

@@ -3,7 +3,7 @@
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from mmengine.dataset import BaseDataset, Compose
@@ -17,7 +17,7 @@ EXTENSIONS = frozenset(
 )
 
 
-def find_pictures(folder: str | os.PathLike) -> list[str]:
+def find_pictures(folder: str | os.PathLike[str]) -> list[str]:
     """Find the pictures of a folder tree, by their extensions in any case.
 
     Names that start with a dot are left out, since some systems put thumbnails and
@@ -32,9 +32,10 @@ def find_pictures(folder: str | os.PathLike) -> list[str]:
     Raises:
         FileNotFoundError: If there is no such folder or there is no picture in it.
     """
-    if not Path(folder).is_dir():
+    folder = os.fspath(folder)
+    if not os.path.isdir(folder):
         raise FileNotFoundError(
-            f'There is no folder {os.fspath(folder)!r} to take pictures from (working '
+            f'There is no folder {folder!r} to take pictures from (working '
             f'folder: {Path.cwd()}).'
         )
     found = [
@@ -45,7 +46,7 @@ def find_pictures(folder: str | os.PathLike) -> list[str]:
     ]
     if not found:
         raise FileNotFoundError(
-            f'There is no picture in {os.fspath(folder)!r} or below it: looked for '
+            f'There is no picture in {folder!r} or below it: looked for '
             f'{" ".join(sorted(EXTENSIONS))}, in lower and upper case.'
         )
     return sorted(found)
@@ -86,7 +87,9 @@ class UnlabelledImages(BaseDataset):
         ValueError: If it is not said where to look, or the list is in JSON format.
     """
 
-    METAINFO = dict(dataset_type='UnlabelledImages', task_name='pretraining')
+    METAINFO: ClassVar[dict] = dict(
+        dataset_type='UnlabelledImages', task_name='pretraining'
+    )
 
     def __init__(
         self,

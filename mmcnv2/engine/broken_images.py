@@ -78,8 +78,9 @@ class BrokenImagesHook(Hook):
         file.write_text(''.join(f'{path}\n' for path in sorted(self._broken)))
         # MMEngine would not log the same words again in the next epoch.
         print_log(
-            f'By iteration {runner.iter} {self._count(runner)} could not be read and were replaced by others. '
-            f'All paths are in {file}; the first: {self._first()}',
+            f'By iteration {runner.iter} {self._count(runner)} could not be read and '
+            f'were replaced by others. All paths are in {file}; the first: '
+            f'{self._first()}',
             logger='current',
             level=logging.WARNING,
         )

@@ -1,132 +1,18 @@
 """Every config is built, trains a step and predicts, on pictures of 128 pixels."""
 
-from pathlib import Path
-
-import cv2
 import numpy as np
 import pytest
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
-from mmcnv2.datasets.demo_scenes import CLASSES, make_demo_scenes
+from .conftest import CONFIGS, small
 
-CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 RECIPES = sorted(
     path.relative_to(CONFIGS).as_posix()
     for path in CONFIGS.rglob('*.py')
     if '_base_' not in path.parts
 )
-DIMS = [8, 8, 16, 16]
-SIDE = 128
-COUNTS = dict(train=4, val=2, unlabelled=4)
-
-
-@pytest.fixture(scope='module')
-def scenes(tmp_path_factory):
-    return make_demo_scenes(tmp_path_factory.mktemp('scenes') / 'root', counts=COUNTS)
-
-
-@pytest.fixture(scope='module')
-def ade(tmp_path_factory, scenes):
-    """The scenes' pictures and maps in the folders of ADE20K."""
-    root = tmp_path_factory.mktemp('ade')
-    for split, name in (('train', 'training'), ('val', 'validation')):
-        (root / 'images' / name).mkdir(parents=True)
-        (root / 'annotations' / name).mkdir(parents=True)
-        for picture in (scenes / 'images' / split).iterdir():
-            (root / 'images' / name / picture.name).symlink_to(picture)
-        for path in (scenes / 'semantic' / split).iterdir():
-            maps = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
-            cv2.imwrite(str(root / 'annotations' / name / path.name), maps)
-    return root
-
-
-def shrink_transforms(node):
-    """Make every size in a pipeline small."""
-    if isinstance(node, dict):
-        for key in ('scale', 'crop_size'):
-            if key in node:
-                node[key] = (SIDE, SIDE)
-        node = list(node.values())
-    if isinstance(node, list | tuple):
-        for child in node:
-            shrink_transforms(child)
-
-
-def shrink_model(model: ConfigDict) -> None:
-    """Make the backbone small, start it at random, and fit the heads to it."""
-    model.backbone.arch = dict(depths=(1, 1, 1, 1), dims=DIMS)
-    model.backbone.init_cfg = None
-    if 'decode_head' in model:
-        shrink_segmentor(model)
-    if 'roi_head' in model:
-        shrink_detector(model)
-
-
-def shrink_segmentor(model: ConfigDict) -> None:
-    model.data_preprocessor.size = (SIDE, SIDE)
-    model.decode_head.in_channels = DIMS
-    model.auxiliary_head.in_channels = DIMS[2]
-    for head in (model.decode_head, model.auxiliary_head):
-        head.channels = 8
-    if model.test_cfg.get('mode') == 'slide':
-        model.test_cfg.update(crop_size=(SIDE, SIDE), stride=(96, 96))
-
-
-def shrink_detector(model: ConfigDict) -> None:
-    model.neck.in_channels = DIMS
-    model.roi_head.bbox_head.num_classes = len(CLASSES)
-    model.roi_head.mask_head.num_classes = len(CLASSES)
-    # So that a network that has learnt nothing detects something.
-    model.test_cfg.rcnn.score_thr = 0.0
-
-
-def use_data(cfg: Config, scenes: Path, ade: Path) -> None:
-    """Point the config to the small data, in the layout that it expects."""
-    for name, split in (('train', 'train'), ('val', 'val'), ('test', 'val')):
-        loader = cfg[f'{name}_dataloader']
-        loader.update(num_workers=0, persistent_workers=False, batch_size=2)
-        dataset = loader.dataset
-        if dataset.type.split('.')[-1] == 'DemoScenes':
-            dataset.update(data_root=str(scenes), counts=COUNTS)
-        elif dataset.type == 'UnlabelledImages':
-            dataset.data_root = str(scenes)
-            dataset.data_prefix.img_path = f'images/{split}'
-        elif dataset.type == 'CocoDataset':
-            dataset.update(
-                data_root=str(scenes),
-                ann_file=f'annotations/{split}.json',
-                data_prefix=dict(img=f'images/{split}'),
-                metainfo=dict(classes=CLASSES),
-            )
-        else:
-            dataset.data_root = str(ade)
-        shrink_transforms(dataset.pipeline)
-        evaluator = cfg.get(f'{name}_evaluator', {})
-        if 'ann_file' in evaluator:
-            evaluator.ann_file = str(scenes / 'annotations' / f'{split}.json')
-
-
-def small(recipe: str, tmp_path: Path, scenes: Path, ade: Path) -> Config:
-    """Return the config, made to run one step within a second or two."""
-    cfg = Config.fromfile(CONFIGS / recipe)
-    shrink_model(cfg.model)
-    use_data(cfg, scenes, ade)
-    cfg.work_dir = str(tmp_path)
-    # MMEngine's mixed precision needs an accelerator.
-    cfg.optim_wrapper.type = 'OptimWrapper'
-    cfg.optim_wrapper.pop('accumulative_counts', None)
-    for hook in cfg.default_hooks.values():
-        hook.pop('save_best', None)
-    if cfg.train_cfg.get('type') == 'IterBasedTrainLoop':
-        cfg.train_cfg.update(max_iters=2, val_interval=2)
-    else:
-        cfg.train_cfg.update(max_epochs=1, val_interval=1)
-        # A schedule may begin only before training ends.
-        for scheduler in cfg.param_scheduler:
-            scheduler.begin = 0
-    return cfg
 
 
 @pytest.mark.parametrize('recipe', RECIPES)

@@ -28,8 +28,8 @@ def restated(height, width, areas, aspects):
         target_area = height * width * np.random.uniform(areas[0], areas[1])
         log_ratio = np.random.uniform(math.log(aspects[0]), math.log(aspects[1]))
         aspect_ratio = math.exp(log_ratio)
-        w = int(round(math.sqrt(target_area * aspect_ratio)))
-        h = int(round(math.sqrt(target_area / aspect_ratio)))
+        w = round(math.sqrt(target_area * aspect_ratio))
+        h = round(math.sqrt(target_area / aspect_ratio))
         if 0 < w <= width and 0 < h <= height:
             i = np.random.randint(0, height - h + 1)
             j = np.random.randint(0, width - w + 1)
@@ -37,10 +37,10 @@ def restated(height, width, areas, aspects):
     in_ratio = float(width) / float(height)
     if in_ratio < min(aspects):
         w = width
-        h = int(round(w / min(aspects)))
+        h = round(w / min(aspects))
     elif in_ratio > max(aspects):
         h = height
-        w = int(round(h * max(aspects)))
+        w = round(h * max(aspects))
     else:
         w, h = width, height
     return (height - h) // 2, (width - w) // 2, h, w
@@ -150,7 +150,7 @@ def test_shape_that_no_rectangle_has():
 )
 def test_what_pillow_cannot_do_and_opencv_can(shape, dtype):
     picture = np.full(shape, 7, dtype)
-    with pytest.raises(ValueError, match='backend=.cv2'):
+    with pytest.raises(ValueError, match=r'backend=.cv2'):
         RandomResizedCrop(32)({'img': picture})
     result = RandomResizedCrop(32, backend='cv2')({'img': picture})['img']
     assert result.dtype == picture.dtype

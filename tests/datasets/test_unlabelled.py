@@ -138,12 +138,16 @@ def with_broken(request, tmp_path) -> Path:
 STRICT = [dict(type='LoadImageFromFile', imdecode_backend='pillow'), PACK[1]]
 
 
+# Serialising collects garbage, which takes long after many imports.
+QUICK = dict(serialize_data=False)
+
+
 @pytest.mark.parametrize('pipeline', [STRICT, PACK], ids=['pillow', 'cv2'])
 def test_broken_file_is_replaced_and_named(with_broken, pipeline, request):
     truncated = request.node.callspec.params['with_broken'] in ('half', 'progressive')
     if truncated and pipeline is PACK and int(cv2.__version__.split('.')[0]) < 5:
         pytest.skip('OpenCV before version 5 decodes truncated JPEG files in part')
-    dataset = UnlabelledImages('list', str(with_broken), pipeline=pipeline)
+    dataset = UnlabelledImages('list', str(with_broken), pipeline=pipeline, **QUICK)
     np.random.seed(0)
     sample = dataset[1]
     assert sample['data_samples'].broken_paths == (str(with_broken / '1.jpg'),)
@@ -154,7 +158,7 @@ def test_broken_file_is_replaced_and_named(with_broken, pipeline, request):
 
 def test_broken_file_is_an_error_in_testing(with_broken):
     dataset = UnlabelledImages(
-        'list', str(with_broken), pipeline=STRICT, test_mode=True
+        'list', str(with_broken), pipeline=STRICT, test_mode=True, **QUICK
     )
     assert int(dataset[2]['inputs'].max()) == 20
     with pytest.raises(RuntimeError, match=r'Cannot read the picture .*/1\.jpg'):

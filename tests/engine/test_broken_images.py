@@ -18,6 +18,8 @@ from torch import nn
 from mmcnv2.models import FCMAEDataPreprocessor
 from mmcnv2.registry import HOOKS
 
+CALL = 'import test_broken_images; test_broken_images.train_as_one_of_two'
+
 
 class Mean(BaseModel):
     def __init__(self) -> None:
@@ -38,7 +40,9 @@ def draw(folder: Path, good: int, broken: int) -> Path:
     return folder
 
 
-def make_runner(folder: Path, by_epoch: bool = True, **hook: Any) -> Runner:
+def make_runner(
+    folder: Path, by_epoch: bool = True, shuffle: bool = True, **hook: Any
+) -> Runner:
     names = ['LoadImageFromFile', 'mmcnv2.PackPretrainInputs']
     dataset = dict(
         type='mmcnv2.UnlabelledImages',
@@ -54,7 +58,7 @@ def make_runner(folder: Path, by_epoch: bool = True, **hook: Any) -> Runner:
             batch_size=3,
             # The iterator of the other loop outlives it, and then waits for workers.
             num_workers=2 if by_epoch else 0,
-            sampler=dict(type='DefaultSampler', shuffle=True),
+            sampler=dict(type='DefaultSampler', shuffle=shuffle),
         ),
         train_cfg=dict(by_epoch=by_epoch, **length),
         optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
@@ -88,7 +92,9 @@ def test_reports_and_goes_on(tmp_path, by_epoch):
 def test_stops_as_soon_as_too_many_are_broken(tmp_path):
     folder = draw(tmp_path / 'pictures', good=15, broken=5)
     runner = make_runner(folder, max_share=0.1)
-    message = r'[345] of 20 pictures .* max_share=0\.1 .*/broken\d\.jpg.* Mend or remove'
+    message = (
+        r'[345] of 20 pictures .* max_share=0\.1 .*/broken\d\.jpg.* Mend or remove'
+    )
     with pytest.raises(RuntimeError, match=message):
         runner.train()
     # Not at the end of the epoch.
@@ -110,36 +116,32 @@ def test_share_out_of_range(share):
         HOOKS.build(dict(type='BrokenImagesHook', max_share=share))
 
 
-def train_as_one_of_two(folder: str) -> None:
+def train_as_one_of_two(folder: str, rank: int) -> None:
     """Run in each of two processes, by ``test_two_processes``."""
-    torch.distributed.init_process_group('gloo')
-    rank = torch.distributed.get_rank()
-    runner = make_runner(Path(folder), max_share=0.1)
-    # Each process meets half of the files in an epoch: only one broken one, and one is
-    # not too many of ten. Together they met two.
+    meeting = f'file://{folder}.meeting'
+    torch.distributed.init_process_group('gloo', meeting, rank=rank, world_size=2)
+    # Each process meets one of the two broken files, and one of 40 is not too many.
+    runner = make_runner(Path(folder), shuffle=False, max_share=0.025)
     try:
         runner.train()
     except RuntimeError as error:
-        print(f'rank {rank} epoch {runner.epoch} iter {runner.iter}: {error}')
+        print(f'epoch {runner.epoch} iter {runner.iter}: {error}')
 
 
 def test_two_processes(tmp_path):
-    folder = draw(tmp_path / 'pictures', good=8, broken=2)
+    folder = draw(tmp_path / 'pictures', good=38, broken=2)
     here = Path(__file__)
-    code = f'import {here.stem} as t; t.train_as_one_of_two({str(folder)!r})'
-    script = tmp_path / 'run.py'
-    script.write_text(code)
-    launcher = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
-    result = subprocess.run(
-        [*launcher, '--nproc-per-node=2', str(script)],
-        env={**os.environ, 'PYTHONPATH': f'{here.parent}:{here.parents[2]}'},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout
-    for rank in range(2):
-        # Five pictures of each process are two batches, and the end of the epoch.
-        assert f'rank {rank} epoch 0 iter 2: 2 of 10 pictures' in result.stdout
+    processes = [
+        subprocess.Popen(
+            [sys.executable, '-c', f'{CALL}({str(folder)!r}, {rank})'],
+            env={**os.environ, 'PYTHONPATH': f'{here.parent}:{here.parents[2]}'},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        output, _ = process.communicate(timeout=120)
+        # Twenty pictures of each process are seven batches: the end of the epoch.
+        assert 'epoch 0 iter 7: 2 of 40 pictures' in output, output

@@ -7,7 +7,6 @@ param_scheduler = [
         type='PolyLR',
         power=1.0,
         begin=1500,
-        end=160000,
         eta_min=0.0,
         by_epoch=False,
     ),

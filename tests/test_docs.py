@@ -1,0 +1,57 @@
+"""What the documents show is built as it stands there."""
+
+import re
+from pathlib import Path
+
+import pytest
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+
+import mmcnv2  # noqa: F401
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def python_blocks(document: str) -> list[str]:
+    return re.findall(r'```python\n(.*?)```', (ROOT / document).read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize('block', [0, 1])
+def test_own_data(block, tmp_path):
+    path = tmp_path / 'my_config.py'
+    path.write_text(python_blocks('docs/own_data.md')[block])
+    cfg = Config.fromfile(path)
+    # Nothing is fetched, and a small model is built as quickly as may be.
+    cfg.model.backbone.init_cfg = None
+    init_default_scope(cfg.default_scope)
+    model = MODELS.build(cfg.model)
+    for split in ('train', 'val', 'test'):
+        dataset = cfg[f'{split}_dataloader'].dataset
+        assert dataset.data_root == 'data/nuclei/'
+        assert 'nucleus' in dataset.metainfo.classes
+    if cfg.default_scope == 'mmdet':
+        heads = (model.roi_head.bbox_head, model.roi_head.mask_head)
+        assert cfg.val_evaluator.ann_file == 'data/nuclei/annotations/val.json'
+        assert {head.num_classes for head in heads} == {1}
+    else:
+        assert model.decode_head.num_classes == model.auxiliary_head.num_classes == 2
+        assert 'reduce_zero_label' not in str(cfg.train_dataloader)
+
+
+def test_readme_swaps_the_backbone(tmp_path):
+    swap = python_blocks('README.md')[0]
+    assert 'mmcnv2.ConvNeXtV2' in swap
+    base = "_base_ = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'\n"
+    path = tmp_path / 'swapped.py'
+    path.write_text(base + swap)
+    cfg = Config.fromfile(path)
+    cfg.model.backbone.init_cfg = None
+    init_default_scope('mmdet')
+    model = MODELS.build(cfg.model)
+    assert type(model.backbone).__name__ == 'ConvNeXtV2'
+    assert [conv.in_channels for conv in model.neck.lateral_convs] == [
+        96,
+        192,
+        384,
+        768,
+    ]
