@@ -1,7 +1,10 @@
 """Every config is built, trains a step and predicts, on pictures of 128 pixels."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import yaml
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
@@ -81,3 +84,18 @@ def test_upernet_is_the_published_recipe(arch):
     assert cfg.train_cfg.max_iters == 160000
     warmup, poly = cfg.param_scheduler
     assert (warmup.end, poly.power, poly.eta_min) == (1500, 1.0, 0.0)
+
+
+def test_model_index_lists_every_recipe():
+    root = CONFIGS.parent
+    index = yaml.safe_load((root / 'model-index.yml').read_text())
+    listed = []
+    for name in index['Import']:
+        metafile = yaml.safe_load((root / name).read_text())
+        collections = {each['Name']: each for each in metafile['Collections']}
+        assert all((root / each['README']).is_file() for each in collections.values())
+        for model in metafile['Models']:
+            assert model['In Collection'] in collections
+            assert model['Name'] == Path(model['Config']).stem
+            listed.append(model['Config'].removeprefix('configs/'))
+    assert sorted(listed) == [r for r in RECIPES if not r.startswith('demo/')]
