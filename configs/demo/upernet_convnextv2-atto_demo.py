@@ -10,7 +10,7 @@ norm_cfg = dict(type='BN')
 # for long.
 class_weight = [0.2, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
 model = dict(
-    data_preprocessor=dict(size=(256, 256)),
+    data_preprocessor=dict(size=(192, 192)),
     backbone=dict(arch='atto'),
     decode_head=dict(
         in_channels=[40, 80, 160, 320],
@@ -28,19 +28,19 @@ model = dict(
     ),
 )
 
-train_cfg = dict(max_iters=500, val_interval=250)
+train_cfg = dict(max_iters=800, val_interval=200)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=50),
     dict(type='CosineAnnealingLR', by_epoch=False),
 ]
 optim_wrapper = dict(
     type='OptimWrapper',
-    optimizer=dict(lr=1e-3),
+    optimizer=dict(lr=2e-3),
     paramwise_cfg=dict(decay_rate=1.0),
 )
 auto_scale_lr = dict(base_batch_size=8)
 
 default_hooks = dict(
     logger=dict(interval=10),
-    checkpoint=dict(interval=250, max_keep_ckpts=1),
+    checkpoint=dict(interval=200, max_keep_ckpts=1),
 )

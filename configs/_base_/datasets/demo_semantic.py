@@ -1,15 +1,18 @@
-# The embedded scenes as semantic maps; they are made on first use.
+# The embedded scenes as semantic maps, at three quarters of their size; they are made
+# on first use.
 dataset_type = 'mmcnv2.DemoScenes'
 data_root = 'data/demo_scenes/'
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
+    dict(type='Resize', scale=(192, 192)),
     dict(type='RandomFlip', prob=0.5),
     dict(type='PackSegInputs'),
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=(192, 192)),
     dict(type='LoadAnnotations'),
     dict(type='PackSegInputs'),
 ]
