@@ -54,6 +54,7 @@ def _find_problems(requirements: list[Requirement]) -> Iterator[str]:
     yield from _missing_mmengine(requirements)
     yield from _missing_ops(requirements)
     yield from _missing_pkg_resources()
+    yield from _missing_for_mmseg()
 
 
 def _family(
@@ -145,3 +146,11 @@ def _missing_pkg_resources() -> Iterator[str]:
             f'mmengine {mmengine} imports pkg_resources, and {found} is installed, '
             'which lacks it. Run: pip install "setuptools<81"'
         )
+
+
+def _missing_for_mmseg() -> Iterator[str]:
+    # It imports them, and its metadata does not name them.
+    missing = [name for name in ('ftfy', 'regex') if find_spec(name) is None]
+    if find_spec('mmseg') and missing:
+        names = ' '.join(missing)
+        yield f'mmsegmentation needs {names}, not installed. Run: pip install {names}'

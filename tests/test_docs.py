@@ -7,7 +7,7 @@ import pytest
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
-import mmcnv2  # noqa: F401
+from mmcnv2.models import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,6 +36,21 @@ def test_own_data(block, tmp_path):
     else:
         assert model.decode_head.num_classes == model.auxiliary_head.num_classes == 2
         assert 'reduce_zero_label' not in str(cfg.train_dataloader)
+
+
+def test_readme_table_is_the_architecture_table():
+    rows = re.findall(
+        r'^\| (\w+) \| ([\d ]+) \| ([\d ]+) \|',
+        (ROOT / 'README.md').read_text(),
+        re.MULTILINE,
+    )
+    table = {
+        name: dict(
+            depths=tuple(map(int, depths.split())), dims=tuple(map(int, dims.split()))
+        )
+        for name, depths, dims in rows
+    }
+    assert table == ARCHITECTURES
 
 
 def test_readme_swaps_the_backbone(tmp_path):

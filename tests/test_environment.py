@@ -45,6 +45,8 @@ class Environment:
         folder.mkdir()
         source = Path(packaging.__file__).parent
         shutil.copytree(source, folder / 'packaging')
+        for name in ('ftfy', 'regex'):
+            self.add_module(name)
 
     def install(self, *, ops: bool = True, **versions: str) -> None:
         """Install packages that fail when imported, ``_`` standing for ``-``."""
@@ -103,6 +105,25 @@ def test_openmmlab_family_passes(environment: Environment) -> None:
 def test_onedl_family_passes_without_pkg_resources(environment: Environment) -> None:
     environment.install(**as_keywords(ONEDL))
     assert environment.import_mmcnv2() == PASSED
+
+
+def test_mmsegmentation_without_what_it_imports(environment: Environment) -> None:
+    environment.install(**OPENMMLAB)
+    environment.add_module('pkg_resources')
+    shutil.rmtree(environment.folder / 'ftfy')
+    message = environment.import_mmcnv2()
+    assert 'mmsegmentation needs ftfy, not installed. Run: pip install ftfy' in message
+
+
+def test_a_tool_shows_the_message_first(environment: Environment) -> None:
+    result = subprocess.run(
+        [sys.executable, '-S', ROOT / 'tools' / 'train.py', 'config.py'],
+        env={'PYTHONPATH': str(environment.folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert 'mmengine is not installed. Run: pip install' in result.stderr
 
 
 def test_mmengine_alone_passes(environment: Environment) -> None:

@@ -3,12 +3,12 @@
 import argparse
 
 from mmcnv2.apis import FCMAEInferencer
-from mmcnv2.engine.launch import checkpoint_path
+from mmcnv2.engine.launch import checkpoint_path, config_path
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='path of the config')
+    parser.add_argument('config', type=config_path, help='path of the config')
     parser.add_argument('checkpoint', type=checkpoint_path, help='path or URL')
     parser.add_argument('input', help='path of a picture, or of a folder of pictures')
     parser.add_argument(

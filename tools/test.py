@@ -1,7 +1,12 @@
 """Test a checkpoint with a config: detection, segmentation or pre-training."""
 
 import argparse
+from pathlib import Path
 
+# First, since it explains what may be wrong with the packages that follow.
+import mmcnv2  # noqa: F401
+
+# isort: split
 from mmengine.config import Config, ConfigDict
 
 from mmcnv2.engine.launch import (
@@ -22,11 +27,7 @@ def parse_args() -> argparse.Namespace:
         'a .pkl file',
     )
     parser.add_argument('--show', action='store_true', help='show each prediction')
-    parser.add_argument(
-        '--show-dir',
-        help='where painted predictions go: a folder, for detection one inside the '
-        "run's folder in the work dir",
-    )
+    parser.add_argument('--show-dir', help='folder where painted predictions go')
     parser.add_argument(
         '--wait-time', type=float, default=2, help='seconds to show each for'
     )
@@ -39,11 +40,12 @@ def parse_args() -> argparse.Namespace:
 
 
 def enable_visualization(cfg: Config, args: argparse.Namespace) -> None:
-    hook = cfg.get('default_hooks', {}).get('visualization')
+    hook = (cfg.get('default_hooks') or {}).get('visualization')
     if hook is None:
         raise SystemExit(
             '--show and --show-dir need default_hooks.visualization in the config: '
-            "as dict(type='DetVisualizationHook') or dict(type='SegVisualizationHook')."
+            "as dict(type='DetVisualizationHook'), dict(type='SegVisualizationHook') "
+            "or dict(type='mmcnv2.ReconstructionVisualizationHook')."
         )
     hook.draw = True
     # The segmentation hook would draw every 50th batch.
@@ -51,10 +53,14 @@ def enable_visualization(cfg: Config, args: argparse.Namespace) -> None:
     if args.show:
         hook.show = True
         hook.wait_time = args.wait_time
-    if args.show_dir and cfg.get('default_scope') == 'mmdet':
-        hook.test_out_dir = args.show_dir
-    elif args.show_dir:
-        cfg.visualizer.save_dir = args.show_dir
+    if not args.show_dir:
+        return
+    show_dir = str(Path(args.show_dir).absolute())
+    if cfg.get('default_scope') == 'mmseg':
+        cfg.visualizer.save_dir = show_dir
+    else:
+        # A relative path would be one inside the run's folder in the work dir.
+        hook.test_out_dir = show_dir
 
 
 def enable_tta(cfg: Config) -> None:
@@ -62,7 +68,7 @@ def enable_tta(cfg: Config) -> None:
     if missing:
         raise SystemExit(
             f'--tta needs {" and ".join(missing)} in the config: add them, or leave '
-            '--tta out.'
+            '--tta out. MMDetection has it for boxes, not for masks.'
         )
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
     dataset = cfg.test_dataloader.dataset
@@ -76,7 +82,8 @@ def write_predictions(cfg: Config, out: str) -> None:
     metrics = list(evaluator) if isinstance(evaluator, list | tuple) else [evaluator]
     if cfg.get('default_scope') == 'mmseg':
         for metric in metrics:
-            metric.output_dir = out
+            # MMSegmentation would delete the folder of a Cityscapes metric otherwise.
+            metric.update(output_dir=out, keep_results=True)
         return
     dump = (
         'mmdet.DumpDetResults' if cfg.get('default_scope') == 'mmdet' else 'DumpResults'

@@ -2,6 +2,10 @@
 
 import argparse
 
+# First, since it explains what may be wrong with the packages that follow.
+import mmcnv2  # noqa: F401
+
+# isort: split
 from mmengine.config import Config
 from mmengine.device import get_device
 
@@ -58,7 +62,7 @@ def enable_amp(cfg: Config) -> None:
 
 
 def enable_auto_scale_lr(cfg: Config) -> None:
-    if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+    if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
         raise SystemExit(
             '--auto-scale-lr needs auto_scale_lr = dict(base_batch_size=...) in the '
             'config: the batch size, over all processes, that its learning rate is for.'

@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -189,13 +189,21 @@ def _make_scene(root: Path, seed: int, split: str, index: int) -> list[dict]:
     scene = paint_scene(rng)
     picture = cv2.cvtColor(scene.picture, cv2.COLOR_RGB2BGR)
     quality = [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY]
-    cv2.imwrite(str(root / 'images' / split / f'{index:05}.jpg'), picture, quality)
+    _write(root / 'images' / split / f'{index:05}.jpg', picture, quality)
     if split not in LABELLED:
         return []
     of_owner = np.array([0, *(kind + 1 for kind in scene.classes)], np.uint8)
     semantic = of_owner[scene.owners]
-    cv2.imwrite(str(root / 'semantic' / split / f'{index:05}.png'), semantic)
+    _write(root / 'semantic' / split / f'{index:05}.png', semantic)
     return _instances(scene)
+
+
+def _write(path: Path, picture: np.ndarray, settings: Sequence[int] = ()) -> None:
+    # OpenCV says nothing when a disk is full.
+    if not cv2.imwrite(str(path), picture, settings):
+        raise OSError(
+            f'cannot write {path}: is the disk full, or the folder read-only?'
+        )
 
 
 def _instances(scene: Scene) -> list[dict]:

@@ -18,7 +18,13 @@ import torch
 from mmengine.dist import barrier, is_main_process
 from mmengine.logging import HistoryBuffer
 from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
-from mmengine.runner.checkpoint import CheckpointLoader
+from mmengine.runner.checkpoint import (
+    CheckpointLoader,
+    get_deprecated_model_names,
+    get_external_models,
+    get_mmcls_models,
+    get_torchvision_models,
+)
 
 # The methods that MMEngine pickles: a log buffer stores its statistics, a one-cycle
 # schedule its annealing function. Pickle writes each as ``getattr(class, name)``.
@@ -26,6 +32,15 @@ _STORED_METHODS = (
     (HistoryBuffer, ('min', 'max', 'current', 'mean')),
     (OneCycleParamScheduler, ('_annealing_cos', '_annealing_linear')),
 )
+
+# What MMEngine's names of checkpoints stand for; its own loaders of them are unsafe.
+_MODEL_ZOOS = {
+    'mmcls': get_mmcls_models,
+    'modelzoo': get_torchvision_models,
+    'open-mmlab': get_external_models,
+    'openmmlab': get_external_models,
+    'torchvision': get_torchvision_models,
+}
 
 # Times are float64, counts int64, and mmseg's scores float32.
 _ARRAY_TYPES = (np.float32, np.float64, np.int64)
@@ -124,6 +139,40 @@ def load_from_http(filename: str, map_location: Any = None) -> Any:
     # The other nodes of a cluster have discs of their own.
     _download(filename, path)
     return load_from_local(str(path), map_location)
+
+
+@CheckpointLoader.register_scheme(
+    prefixes=[f'{zoo}://' for zoo in _MODEL_ZOOS], force=True
+)
+def load_from_model_zoo(filename: str, map_location: Any = None) -> Any:
+    """Load a checkpoint by a name such as ``open-mmlab://resnet50``, safely.
+
+    Args:
+        filename: The zoo, ``://`` and the name in it.
+        map_location: As in :func:`torch.load`.
+
+    Returns:
+        What the file holds, usually a dict; for 'mmcls' the backbone alone, as
+        MMEngine gives it.
+
+    Raises:
+        KeyError: The zoo has no such name.
+    """
+    zoo, _, name = filename.partition('://')
+    urls = _MODEL_ZOOS[zoo]()
+    name = get_deprecated_model_names().get(name, name)
+    if name not in urls:
+        raise KeyError(f'{zoo} has no checkpoint {name!r}, but {", ".join(urls)}')
+    checkpoint = load_from_http(urls[name], map_location)
+    if zoo != 'mmcls':
+        return checkpoint
+    weights = checkpoint.get('state_dict', checkpoint)
+    backbone = {
+        key.removeprefix('backbone.'): value
+        for key, value in weights.items()
+        if key.startswith('backbone.')
+    }
+    return {'state_dict': backbone}
 
 
 def _download(url: str, path: Path) -> None:

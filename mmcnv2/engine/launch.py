@@ -18,7 +18,7 @@ def add_common_arguments(parser: ArgumentParser) -> None:
         parser: Gets ``config``, ``--work-dir``, ``--cfg-options``, ``--launcher`` and
             ``--local_rank``.
     """
-    parser.add_argument('config', help='path of the config')
+    parser.add_argument('config', type=config_path, help='path of the config')
     parser.add_argument(
         '--work-dir',
         help="where logs and checkpoints go; the config's work_dir, or else "
@@ -39,6 +39,16 @@ def add_common_arguments(parser: ArgumentParser) -> None:
     )
     # torch.distributed.launch passes it; torchrun sets LOCAL_RANK instead.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+
+
+def config_path(text: str) -> str:
+    """Accept the path of a file that exists; a type for argparse."""
+    if Path(text).is_file():
+        return text
+    raise ArgumentTypeError(
+        f'there is no file {text} (working folder: {Path.cwd()}); give the path of a '
+        'config, such as configs/demo/mask-rcnn_convnextv2-atto_fpn_demo.py'
+    )
 
 
 def checkpoint_path(text: str) -> str:

@@ -94,6 +94,9 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 "paramwise_cfg holds 'decay_rate' and, if wanted, 'decay_type', but "
                 f'got {dict(cfg)}'
             )
+        for name in ('lr', 'weight_decay'):
+            if name not in self.optimizer_cfg:
+                raise ValueError(f'the optimizer needs {name}; give it in the config')
         if not 0 < cfg['decay_rate'] <= 1:
             raise ValueError(f'decay_rate is {cfg["decay_rate"]}; give it in (0, 1]')
         if cfg.get('decay_type', 'layer_wise') not in DECAY_TYPES:
@@ -109,12 +112,12 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             module (nn.Module): The model.
         """
         rate = self.paramwise_cfg['decay_rate']
-        backbone_groups, top = self._backbone_groups(module)
+        layers, top = self._layers(module)
         groups: dict[tuple[int, bool], dict] = {}
         for name, param in module.named_parameters():
             if not param.requires_grad:
                 continue
-            layer = backbone_groups.get(param, top)
+            layer = layers.get(param, top)
             decays = _decays(name, param)
             scale = rate ** (top - layer)
             group = groups.setdefault(
@@ -131,28 +134,32 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         params.extend(groups[key] for key in sorted(groups))
         print_log(_describe(params), logger='current')
 
-    def _backbone_groups(self, model: nn.Module) -> tuple[dict[nn.Parameter, int], int]:
-        """Return the group of each backbone parameter, and the one of all others."""
+    def _layers(self, model: nn.Module) -> tuple[dict[nn.Parameter, int], int]:
+        """Return the group of each backbone parameter, and the one of all others.
+
+        Backbones of different depths are aligned at their last stages.
+        """
         backbones = [m for m in model.modules() if isinstance(m, ConvNeXtV2)]
         if not backbones:
             raise ValueError(
                 f'{type(self).__name__} needs a model with a ConvNeXtV2 backbone, but '
                 f'{type(model).__name__} has none; use another constructor'
             )
-        depths = backbones[0].depths
-        last = num_layer_groups(depths)
+        last = max(num_layer_groups(backbone.depths) for backbone in backbones)
         if self.paramwise_cfg.get('num_layers', last) != last:
             raise ValueError(
-                f'num_layers is {self.paramwise_cfg["num_layers"]}, but depths '
-                f'{depths} make {last} groups; leave num_layers out'
+                f'num_layers is {self.paramwise_cfg["num_layers"]}, but the depths of '
+                f'the backbone make {last} groups; leave num_layers out'
             )
         decay_type = self.paramwise_cfg.get('decay_type', 'layer_wise')
-        groups = {
-            param: layer_group(name, depths, decay_type)
+        layers = {
+            param: layer_group(name, backbone.depths, decay_type)
+            + last
+            - num_layer_groups(backbone.depths)
             for backbone in backbones
             for name, param in backbone.named_parameters()
         }
-        return groups, last + 1
+        return layers, last + 1
 
 
 def _decays(name: str, param: nn.Parameter) -> bool:

@@ -1,6 +1,7 @@
 """ConvNeXt V2, the backbone: one set of weights, however it is run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from mmengine.model import BaseModule
@@ -83,8 +84,10 @@ class ConvNeXtV2(BaseModule):
         if frozen_stages not in range(-1, NUM_STAGES + 1):
             raise ValueError(
                 f'frozen_stages is {frozen_stages}; give it from -1 (nothing) to '
-                f'{NUM_STAGES} (everything)'
+                f'{NUM_STAGES} (all stages; output norms are never frozen)'
             )
+        if not _is_positive(in_channels):
+            raise ValueError(f'in_channels is {in_channels}; give a positive number')
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f'drop_path_rate is {drop_path_rate}; give it in [0, 1)')
 
@@ -209,27 +212,34 @@ def _resolve_arch(
                 f"unknown arch '{arch}'; choose one of {', '.join(ARCHITECTURES)}, "
                 'or give a dict of depths and dims'
             )
-        return _resolve_arch(ARCHITECTURES[arch])
-    if set(arch) != {'depths', 'dims'}:
+        arch = ARCHITECTURES[arch]
+    if not isinstance(arch, Mapping) or set(arch) != {'depths', 'dims'}:
         raise ValueError(
-            f"an arch dict holds 'depths' and 'dims', but got {sorted(arch)}"
+            f'arch is {arch!r}; give one of {", ".join(ARCHITECTURES)}, or a dict of '
+            "'depths' and 'dims'"
         )
-    depths, dims = tuple(arch['depths']), tuple(arch['dims'])
-    if len(depths) != NUM_STAGES or len(dims) != NUM_STAGES:
-        raise ValueError(
-            f'depths and dims hold {NUM_STAGES} numbers each, one a stage, but got '
-            f'depths={depths} and dims={dims}'
-        )
-    return depths, dims
+    for name, numbers in arch.items():
+        valid = isinstance(numbers, Sequence) and len(numbers) == NUM_STAGES
+        if not valid or not all(map(_is_positive, numbers)):
+            raise ValueError(
+                f'{name} holds {NUM_STAGES} positive whole numbers, one a stage, but '
+                f'got {numbers!r}'
+            )
+    return tuple(arch['depths']), tuple(arch['dims'])
+
+
+def _is_positive(number: Any) -> bool:
+    return isinstance(number, int) and number > 0
 
 
 def _resolve_out_indices(out_indices: Sequence[int]) -> tuple[int, ...]:
     """Return the stages counted from 0, in ascending order."""
     valid = range(-NUM_STAGES, NUM_STAGES)
-    resolved = {i % NUM_STAGES for i in out_indices if i in valid}
-    if not out_indices or len(resolved) != len(out_indices):
+    given = out_indices if isinstance(out_indices, Sequence) else ()
+    resolved = {i % NUM_STAGES for i in given if i in valid}
+    if not given or len(resolved) != len(given):
         raise ValueError(
             f'out_indices holds different stages from {valid[0]} to {valid[-1]}, at '
-            f'least one, but got {tuple(out_indices)}'
+            f'least one, but got {out_indices!r}'
         )
     return tuple(sorted(resolved))

@@ -9,6 +9,8 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
+from mmcnv2.models import ARCHITECTURES
+
 from .conftest import CONFIGS, small
 
 RECIPES = sorted(
@@ -49,6 +51,7 @@ def test_mask_rcnn_is_the_published_recipe(arch):
     assert (
         f'convnext-v2-{arch}_3rdparty-fcmae' in cfg.model.backbone.init_cfg.checkpoint
     )
+    assert tuple(cfg.model.neck.in_channels) == ARCHITECTURES[arch]['dims']
     assert cfg.model.test_cfg.rcnn.nms.type == 'soft_nms'
     assert wrapper.type == 'AmpOptimWrapper'
     assert wrapper.optimizer == dict(
@@ -73,6 +76,8 @@ def test_upernet_is_the_published_recipe(arch):
     assert (
         f'convnext-v2-{arch}_3rdparty-fcmae' in cfg.model.backbone.init_cfg.checkpoint
     )
+    assert tuple(cfg.model.decode_head.in_channels) == ARCHITECTURES[arch]['dims']
+    assert cfg.model.auxiliary_head.in_channels == ARCHITECTURES[arch]['dims'][2]
     assert cfg.model.test_cfg.mode == 'slide'
     assert cfg.model.decode_head.num_classes == 150
     assert wrapper.type == 'AmpOptimWrapper'

@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import json
 import os
 import pickle
 import re
@@ -280,3 +281,26 @@ def test_downloads_are_loaded_safely_too(
     with pytest.raises(RuntimeError, match=r'Refused to load .*bad\.pth'):
         load_checkpoint(Regression(), f'{url}/bad.pth')
     assert not mark.exists()
+
+
+def test_named_checkpoints_are_loaded_safely_too(
+    server: tuple[str, Path],
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    url, folder = server
+    (folder / 'named.pth').write_bytes((trained / 'epoch_2.pth').read_bytes())
+    mark = tmp_path / 'mark'
+    write(Call(os.system, f'touch {mark}'), folder / 'worse.pth', zipped=True)
+    # MMEngine takes a user's own names from here.
+    monkeypatch.setenv('MMENGINE_HOME', str(tmp_path))
+    names = {'good': f'{url}/named.pth', 'bad': f'{url}/worse.pth'}
+    (tmp_path / 'open_mmlab.json').write_text(json.dumps(names))
+    checkpoint = load_checkpoint(Regression(), 'open-mmlab://good')
+    assert checkpoint['meta']['epoch'] == 2
+    with pytest.raises(RuntimeError, match=r'Refused to load .*worse\.pth'):
+        load_checkpoint(Regression(), 'openmmlab://bad')
+    assert not mark.exists()
+    with pytest.raises(KeyError, match="open-mmlab has no checkpoint 'none'"):
+        load_checkpoint(Regression(), 'open-mmlab://none')

@@ -124,6 +124,21 @@ def test_wrong_settings(paramwise_cfg, message):
         settings(Model(), **paramwise_cfg)
 
 
+def test_backbones_of_different_depths_keep_their_own_rates():
+    deep, shallow = Model((3, 3, 27, 3)), Model((3, 3, 9, 3))
+    both = settings(nn.ModuleDict(dict(deep=deep, shallow=shallow)), decay_rate=0.5)
+    for name, model in (('deep', deep), ('shallow', shallow)):
+        for key, value in settings(model, decay_rate=0.5).items():
+            assert both[f'{name}.{key}'] == pytest.approx(value), key
+
+
+def test_needs_a_learning_rate_and_a_weight_decay():
+    cfg = optim_wrapper_cfg(decay_rate=0.9)
+    del cfg['optimizer']['weight_decay']
+    with pytest.raises(ValueError, match='the optimizer needs weight_decay'):
+        build_optim_wrapper(Model(), cfg)
+
+
 def test_needs_our_backbone():
     with pytest.raises(ValueError, match='Linear has none'):
         settings(nn.Linear(2, 2), decay_rate=0.9)
