@@ -111,9 +111,11 @@ def small(recipe: str, tmp_path: Path, scenes: Path, ade: Path) -> Config:
     cfg.optim_wrapper.pop('accumulative_counts', None)
     for hook in cfg.default_hooks.values():
         hook.pop('save_best', None)
-    # A schedule may begin only before training ends.
+    # A schedule may begin only before training ends, and a step has to be seen.
     for scheduler in cfg.param_scheduler:
         scheduler.begin = 0
+        if 'start_factor' in scheduler:
+            scheduler.start_factor = 1.0
     if cfg.train_cfg.get('type') == 'IterBasedTrainLoop':
         cfg.train_cfg.update(max_iters=2, val_interval=2)
     else:
