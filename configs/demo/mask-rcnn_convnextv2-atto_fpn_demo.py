@@ -5,7 +5,7 @@ _base_ = [
     'mmdet::_base_/default_runtime.py',
 ]
 
-# A slim head and small anchors, since the pictures have 256 x 256 pixels.
+# A slim head and small anchors, since the pictures have 192 x 192 pixels.
 model = dict(
     backbone=dict(arch='atto'),
     neck=dict(in_channels=[40, 80, 160, 320], out_channels=64),
@@ -27,7 +27,7 @@ model = dict(
     test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=200)),
 )
 
-train_cfg = dict(max_epochs=12, val_interval=4)
+train_cfg = dict(max_epochs=14, val_interval=7)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=50),
     dict(type='CosineAnnealingLR', by_epoch=True, convert_to_iter_based=True),

@@ -28,7 +28,7 @@ model = dict(
     ),
 )
 
-train_cfg = dict(max_iters=800, val_interval=200)
+train_cfg = dict(max_iters=800, val_interval=400)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=50),
     dict(type='CosineAnnealingLR', by_epoch=False),
@@ -42,5 +42,5 @@ auto_scale_lr = dict(base_batch_size=8)
 
 default_hooks = dict(
     logger=dict(interval=10),
-    checkpoint=dict(interval=200, max_keep_ckpts=1),
+    checkpoint=dict(interval=400, max_keep_ckpts=1),
 )
