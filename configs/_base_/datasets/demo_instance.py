@@ -1,5 +1,6 @@
 # The embedded scenes as COCO instances, at three quarters of their size; they are made
 # on first use.
+# What stands in it is MMDetection's, also where this is inherited as mmcnv2::.
 dataset_type = 'mmcnv2.DemoScenes'
 data_root = 'data/demo_scenes/'
 
@@ -26,6 +27,7 @@ train_dataloader = dict(
     sampler=dict(type='DefaultSampler', shuffle=True),
     dataset=dict(
         type=dataset_type,
+        _scope_='mmdet',
         dataset_type='mmdet.CocoDataset',
         data_root=data_root,
         ann_file='annotations/train.json',
@@ -41,6 +43,7 @@ val_dataloader = dict(
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
         type=dataset_type,
+        _scope_='mmdet',
         dataset_type='mmdet.CocoDataset',
         data_root=data_root,
         ann_file='annotations/val.json',
@@ -53,6 +56,7 @@ test_dataloader = val_dataloader
 
 val_evaluator = dict(
     type='CocoMetric',
+    _scope_='mmdet',
     ann_file=data_root + 'annotations/val.json',
     metric=['bbox', 'segm'],
 )

@@ -1,5 +1,6 @@
 # The embedded scenes as semantic maps, at three quarters of their size; they are made
 # on first use.
+# What stands in it is MMSegmentation's, also where this is inherited as mmcnv2::.
 dataset_type = 'mmcnv2.DemoScenes'
 data_root = 'data/demo_scenes/'
 
@@ -38,6 +39,7 @@ train_dataloader = dict(
     sampler=dict(type='InfiniteSampler', shuffle=True),
     dataset=dict(
         type=dataset_type,
+        _scope_='mmseg',
         dataset_type='mmseg.BaseSegDataset',
         data_root=data_root,
         img_suffix='.jpg',
@@ -52,6 +54,7 @@ val_dataloader = dict(
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
         type=dataset_type,
+        _scope_='mmseg',
         dataset_type='mmseg.BaseSegDataset',
         data_root=data_root,
         img_suffix='.jpg',
@@ -61,5 +64,5 @@ val_dataloader = dict(
 )
 test_dataloader = val_dataloader
 
-val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
+val_evaluator = dict(type='IoUMetric', _scope_='mmseg', iou_metrics=['mIoU'])
 test_evaluator = val_evaluator
