@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..registry import MODELS
-from .layers import Block
+from .layers import INIT_CFG, Block
 from .layouts import DenseLayout, Layout, PackedLayout
 
 # The official repository's table, by its names.
@@ -71,11 +71,7 @@ class ConvNeXtV2(BaseModule):
         with_cp: bool = False,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
-        if init_cfg is None:
-            init_cfg = dict(
-                type='TruncNormal', layer=['Conv2d', 'Linear'], std=0.02, bias=0.0
-            )
-        super().__init__(init_cfg)
+        super().__init__(INIT_CFG if init_cfg is None else init_cfg)
         self.depths, self.dims = _resolve_arch(arch)
         self.in_channels = in_channels
         self.out_indices = _resolve_out_indices(out_indices)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..registry import MODELS
 from .convnextv2 import STRIDE
-from .layers import Block
+from .layers import INIT_CFG, Block
 from .layouts import DenseLayout
 
 
@@ -205,11 +205,7 @@ class FCMAEDecoder(BaseModule):
         decoder_depth: int = 1,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
-        if init_cfg is None:
-            init_cfg = dict(
-                type='TruncNormal', layer=['Conv2d', 'Linear'], std=0.02, bias=0.0
-            )
-        super().__init__(init_cfg)
+        super().__init__(INIT_CFG if init_cfg is None else init_cfg)
         self.proj = nn.Linear(in_channels, decoder_dim)
         self.mask_token = nn.Parameter(torch.empty(decoder_dim))
         self.decoder = nn.ModuleList(Block(decoder_dim) for _ in range(decoder_depth))

@@ -6,6 +6,9 @@ from torch.autograd.function import once_differentiable
 
 from .layouts import Layout
 
+# How weights start, unless a config says otherwise; GRN starts as the identity.
+INIT_CFG = dict(type='TruncNormal', layer=['Conv2d', 'Linear'], std=0.02, bias=0.0)
+
 # What mmpretrain's ConvNeXt calls the layers of a block.
 _MMPRETRAIN_NAMES = {
     'depthwise_conv': 'dwconv',

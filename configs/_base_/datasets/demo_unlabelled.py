@@ -1,6 +1,11 @@
 # The embedded scenes without labels; they are made on first use.
-data_root = 'data/demo_scenes/'
+_base_ = './imagenet_unlabelled.py'
 
+scenes = dict(
+    type='DemoScenes',
+    dataset_type='UnlabelledImages',
+    data_root='data/demo_scenes/',
+)
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='RandomResizedCrop', scale=160, crop_ratio_range=(0.2, 1.0)),
@@ -14,13 +19,8 @@ test_pipeline = [
 train_dataloader = dict(
     batch_size=32,
     num_workers=1,
-    persistent_workers=True,
-    drop_last=True,
-    sampler=dict(type='DefaultSampler', shuffle=True),
     dataset=dict(
-        type='DemoScenes',
-        dataset_type='UnlabelledImages',
-        data_root=data_root,
+        **scenes,
         data_prefix=dict(img_path='images/unlabelled/'),
         pipeline=train_pipeline,
     ),
@@ -28,18 +28,10 @@ train_dataloader = dict(
 val_dataloader = dict(
     batch_size=16,
     num_workers=1,
-    persistent_workers=True,
-    sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
-        type='DemoScenes',
-        dataset_type='UnlabelledImages',
-        data_root=data_root,
+        **scenes,
         data_prefix=dict(img_path='images/val/'),
         pipeline=test_pipeline,
-        test_mode=True,
     ),
 )
 test_dataloader = val_dataloader
-
-val_evaluator = dict(type='ReconstructionMetric')
-test_evaluator = val_evaluator
