@@ -24,7 +24,7 @@ def assert_painted(folder: Path, pictures: Path, count: int) -> None:
 def test_detection(
     run: Run, trained: dict[str, Path], tools_folder: Path, tmp_path: Path
 ) -> None:
-    out = ['--out', tmp_path / 'out.pkl', '--show-dir', 'shown']
+    out = ['--out', tmp_path / 'out.pkl', '--show-dir', tmp_path / 'shown']
     where = ['--work-dir', tmp_path / 'run']
     output = run('test.py', 'det.py', trained['det'], *where, *out).stdout
     assert 'coco/bbox_mAP' in output
@@ -33,7 +33,7 @@ def test_detection(
     assert len(predictions) == 4
     masks = predictions[0]['pred_instances']['masks']
     assert masks[0]['size'] == [64, 96], 'masks are run-length encoded'
-    assert_painted(tmp_path / 'run', tools_folder / 'data' / 'pictures', 4)
+    assert_painted(tmp_path / 'shown', tools_folder / 'data' / 'pictures', 4)
 
 
 def test_segmentation(
