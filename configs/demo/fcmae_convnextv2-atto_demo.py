@@ -10,7 +10,7 @@ model = dict(
     neck=dict(decoder_dim=256),
 )
 
-train_cfg = dict(max_epochs=20, val_interval=5)
+train_cfg = dict(max_epochs=10, val_interval=5)
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=60),
     dict(type='CosineAnnealingLR', by_epoch=True, convert_to_iter_based=True),

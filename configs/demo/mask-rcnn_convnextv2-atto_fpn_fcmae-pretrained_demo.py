@@ -1,6 +1,6 @@
 _base_ = './mask-rcnn_convnextv2-atto_fpn_demo.py'
 
-checkpoint = 'work_dirs/fcmae_convnextv2-atto_demo/epoch_20.pth'
+checkpoint = 'work_dirs/fcmae_convnextv2-atto_demo/epoch_10.pth'
 
 model = dict(
     backbone=dict(

@@ -1,6 +1,6 @@
 _base_ = './upernet_convnextv2-atto_demo.py'
 
-checkpoint = 'work_dirs/fcmae_convnextv2-atto_demo/epoch_20.pth'
+checkpoint = 'work_dirs/fcmae_convnextv2-atto_demo/epoch_10.pth'
 
 model = dict(
     backbone=dict(
