@@ -38,6 +38,30 @@ def test_own_data(block, tmp_path):
         assert 'reduce_zero_label' not in str(cfg.train_dataloader)
 
 
+def test_own_pictures_without_labels(tmp_path):
+    path = tmp_path / 'my_pretraining.py'
+    path.write_text(python_blocks('docs/own_data.md')[2])
+    cfg = Config.fromfile(path)
+    init_default_scope(cfg.default_scope)
+    MODELS.build(cfg.model)
+    assert cfg.model.neck.init_cfg is None
+    for split, folder in (('train', 'train'), ('val', 'val'), ('test', 'val')):
+        dataset = cfg[f'{split}_dataloader'].dataset
+        assert dataset.data_root == 'data/nuclei/'
+        assert dataset.data_prefix == dict(img_path=f'images/{folder}/')
+
+
+def test_own_detector_starts_from_own_pretraining(tmp_path):
+    blocks = python_blocks('docs/own_data.md')
+    path = tmp_path / 'my_config.py'
+    path.write_text(blocks[0])
+    child = tmp_path / 'child.py'
+    child.write_text(f"_base_ = './my_config.py'\n{blocks[3]}")
+    start = Config.fromfile(child).model.backbone.init_cfg
+    assert start.checkpoint == 'work_dirs/my_pretraining/epoch_800.pth'
+    assert start.prefix == 'backbone.'
+
+
 def test_readme_table_is_the_architecture_table():
     rows = re.findall(
         r'^\| (\w+) \| ([\d ]+) \| ([\d ]+) \|',

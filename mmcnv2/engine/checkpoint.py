@@ -20,6 +20,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 from mmengine.runner.checkpoint import (
     CheckpointLoader,
+    _get_mmengine_home,
     get_deprecated_model_names,
     get_external_models,
     get_mmcls_models,
@@ -163,7 +164,13 @@ def load_from_model_zoo(filename: str, map_location: Any = None) -> Any:
     name = get_deprecated_model_names().get(name, name)
     if name not in urls:
         raise KeyError(f'{zoo} has no checkpoint {name!r}, but {", ".join(urls)}')
-    checkpoint = load_from_http(urls[name], map_location)
+    address = urls[name]
+    if address.startswith(('http://', 'https://')):
+        checkpoint = load_from_http(address, map_location)
+    else:
+        # Users list files of their own in open_mmlab.json, relative to that folder.
+        path = Path(_get_mmengine_home(), address)
+        checkpoint = load_from_local(str(path), map_location)
     if zoo != 'mmcls':
         return checkpoint
     weights = checkpoint.get('state_dict', checkpoint)

@@ -1,6 +1,6 @@
 from .convnextv2 import ARCHITECTURES, ConvNeXtV2
 from .data_preprocessor import FCMAEDataPreprocessor
-from .fcmae import FCMAE, FCMAEDecoder, FCMAEHead
+from .fcmae import FCMAE, FCMAEDecoder, FCMAEHead, FCMAEInit
 
 __all__ = [
     'ARCHITECTURES',
@@ -9,4 +9,5 @@ __all__ = [
     'FCMAEDataPreprocessor',
     'FCMAEDecoder',
     'FCMAEHead',
+    'FCMAEInit',
 ]

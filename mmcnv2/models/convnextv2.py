@@ -10,7 +10,13 @@ from torch.utils.checkpoint import checkpoint
 
 from ..registry import MODELS
 from .layers import INIT_CFG, Block
-from .layouts import DenseLayout, Layout, PackedLayout
+from .layouts import (
+    DenseLayout,
+    Layout,
+    MinkowskiLayout,
+    PackedLayout,
+    import_minkowski_engine,
+)
 
 # The official repository's table, by its names.
 ARCHITECTURES: dict[str, dict[str, Sequence[int]]] = {
@@ -23,6 +29,9 @@ ARCHITECTURES: dict[str, dict[str, Sequence[int]]] = {
     'large': dict(depths=(3, 3, 27, 3), dims=(192, 384, 768, 1536)),
     'huge': dict(depths=(3, 3, 27, 3), dims=(352, 704, 1408, 2816)),
 }
+
+# How masked pictures are run.
+SPARSE_LAYOUTS = dict(packed=PackedLayout, minkowski=MinkowskiLayout)
 
 NUM_STAGES = 4
 STRIDE = 32  # of the last stage
@@ -51,6 +60,9 @@ class ConvNeXtV2(BaseModule):
             stage, and so on. Defaults to -1.
         output_norm (bool): Normalise the features of each stage. FCMAE's decoder takes
             them as they are. Defaults to True.
+        sparse (str): What computes on the visible patches of masked pictures: 'packed',
+            torch alone, or 'minkowski', MinkowskiEngine, with equal results.
+            Defaults to 'packed'.
         with_cp (bool): Checkpoint the activations of each block: less memory, more
             time. Defaults to False.
         init_cfg (dict | list[dict], optional): Initialisation, MMEngine's. Defaults to
@@ -58,6 +70,7 @@ class ConvNeXtV2(BaseModule):
 
     Raises:
         ValueError: If an argument is none of the above.
+        ImportError: If MinkowskiEngine is asked for and not installed.
     """
 
     def __init__(
@@ -68,6 +81,7 @@ class ConvNeXtV2(BaseModule):
         drop_path_rate: float = 0.0,
         frozen_stages: int = -1,
         output_norm: bool = True,
+        sparse: str = 'packed',
         with_cp: bool = False,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
@@ -76,7 +90,9 @@ class ConvNeXtV2(BaseModule):
         self.in_channels = in_channels
         self.out_indices = _resolve_out_indices(out_indices)
         self.frozen_stages = frozen_stages
+        self.sparse = sparse
         self.with_cp = with_cp
+        _check_sparse(sparse)
         if frozen_stages not in range(-1, NUM_STAGES + 1):
             raise ValueError(
                 f'frozen_stages is {frozen_stages}; give it from -1 (nothing) to '
@@ -131,7 +147,7 @@ class ConvNeXtV2(BaseModule):
         self._check_pictures(x)
         if mask is not None:
             _check_mask(x, mask)
-        layout = DenseLayout() if mask is None else PackedLayout(mask)
+        layout = DenseLayout() if mask is None else SPARSE_LAYOUTS[self.sparse](mask)
         outs = []
         for i, stage in enumerate(self.stages):
             x = self._downsample(i, x, layout)
@@ -181,6 +197,15 @@ class ConvNeXtV2(BaseModule):
         for module in self._frozen_modules():
             module.eval()
         return self
+
+
+def _check_sparse(sparse: str) -> None:
+    if sparse not in SPARSE_LAYOUTS:
+        raise ValueError(
+            f"sparse is '{sparse}'; give one of {', '.join(SPARSE_LAYOUTS)}"
+        )
+    if sparse == 'minkowski':
+        import_minkowski_engine()
 
 
 def _check_mask(x: Tensor, mask: Tensor) -> None:

@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
-from mmengine.model import BaseModel, BaseModule
+from mmengine.model import BaseModel, BaseModule, trunc_normal_init
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
-from ..registry import MODELS
+from ..registry import MODELS, WEIGHT_INITIALIZERS
 from .convnextv2 import STRIDE
 from .layers import INIT_CFG, Block
 from .layouts import DenseLayout
@@ -285,6 +285,30 @@ class FCMAEHead(BaseModule):
             mean, std = _patch_statistics(patches)
             predicted = predicted * std + mean
         return unpatchify(torch.where(mask[..., None], predicted, patches))
+
+
+@WEIGHT_INITIALIZERS.register_module()
+class FCMAEInit:
+    """How the paper's code starts the weights of pre-training.
+
+    An initialiser of MMEngine for the encoder and the decoder: truncated normal weights
+    and zero biases, of standard deviation 0.02 in the downsampling between stages and 1
+    elsewhere. The decoder's pointwise layers keep PyTorch's default. (``FCMAE`` in
+    models/fcmae.py of facebookresearch/ConvNeXt-V2.)
+    """
+
+    def __call__(self, module: nn.Module) -> None:
+        """Initialise.
+
+        Args:
+            module (nn.Module): A :class:`ConvNeXtV2` or an :class:`FCMAEDecoder`.
+        """
+        for name, layer in module.named_modules():
+            kept = isinstance(layer, nn.Linear) and name.startswith('decoder.')
+            if kept or not isinstance(layer, nn.Conv2d | nn.Linear):
+                continue
+            downsamples = isinstance(layer, nn.Conv2d) and layer.kernel_size == (2, 2)
+            trunc_normal_init(layer, std=0.02 if downsamples else 1.0)
 
 
 def patchify(pictures: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Every config is built, trains a step and predicts, on pictures of 128 pixels."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,67 @@ def test_upernet_is_the_published_recipe(arch):
     assert cfg.train_cfg.max_iters == 160000
     warmup, poly = cfg.param_scheduler
     assert (warmup.end, poly.power, poly.eta_min) == (1500, 1.0, 0.0)
+
+
+@pytest.mark.parametrize(('epochs', 'arch'), [(800, 'atto'), (1600, 'huge')])
+def test_fcmae_is_the_published_recipe(epochs, arch):
+    cfg = recipe(f'fcmae/fcmae_convnextv2-{arch}_{epochs}e_imagenet.py')
+    model, wrapper, loader = cfg.model, cfg.optim_wrapper, cfg.train_dataloader
+    assert (model.backbone.arch, model.mask_ratio) == (arch, 0.6)
+    assert (model.neck.decoder_dim, model.neck.decoder_depth) == (512, 1)
+    assert model.head.norm_pix
+    assert cfg.auto_scale_lr.base_batch_size == 8 * loader.batch_size
+    images = cfg.auto_scale_lr.base_batch_size * wrapper.accumulative_counts
+    assert images == 4096
+    rate = pytest.approx(1.5e-4 * images / 256)
+    assert wrapper.optimizer == dict(
+        type='AdamW', lr=rate, betas=(0.9, 0.95), weight_decay=0.05
+    )
+    assert cfg.train_cfg.max_epochs == epochs
+    warmup, cosine = cfg.param_scheduler
+    assert warmup.end == cosine.begin == 40
+    assert cosine.get('eta_min', 0) == 0
+    crop = loader.dataset.pipeline[1]
+    assert (crop.type, crop.scale) == ('RandomResizedCrop', 224)
+    assert crop.crop_ratio_range == (0.2, 1.0)
+
+
+def test_fcmae_accumulates_gradients(tmp_path, scenes, ade):
+    """One batch of four pictures and two of two, with one step, move weights alike."""
+    ends = []
+    for batch_size, counts in ((4, 1), (2, 2)):
+        folder = tmp_path / str(counts)
+        folder.mkdir()
+        cfg = small('demo/fcmae_convnextv2-atto_demo.py', folder, scenes, ade)
+        cfg.train_dataloader.update(batch_size=batch_size)
+        cfg.train_dataloader.sampler.shuffle = False
+        cfg.param_scheduler = None
+        cfg.optim_wrapper.accumulative_counts = counts
+        cfg.optim_wrapper.optimizer = dict(type='SGD', lr=0.1, weight_decay=0.0)
+        init_default_scope(cfg.default_scope)
+        runner = Runner.from_cfg(cfg)
+        runner.train()
+        ends.append(runner.model.state_dict())
+    torch.testing.assert_close(*ends)
+
+
+@pytest.mark.skipif(
+    find_spec('MinkowskiEngine') is None,
+    reason='MinkowskiEngine is not installed: bash tools/install_minkowski.sh',
+)
+def test_minkowski_trains_as_packed_does(tmp_path, scenes, ade):
+    ends = []
+    for sparse in ('packed', 'minkowski'):
+        folder = tmp_path / sparse
+        folder.mkdir()
+        cfg = small('demo/fcmae_convnextv2-atto_demo.py', folder, scenes, ade)
+        cfg.model.backbone.sparse = sparse
+        cfg.optim_wrapper.optimizer = dict(type='SGD', lr=0.1, weight_decay=0.0)
+        init_default_scope(cfg.default_scope)
+        runner = Runner.from_cfg(cfg)
+        runner.train()
+        ends.append(runner.model.state_dict())
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-6)
 
 
 def test_model_index_lists_every_recipe():

@@ -295,10 +295,12 @@ def test_named_checkpoints_are_loaded_safely_too(
     write(Call(os.system, f'touch {mark}'), folder / 'worse.pth', zipped=True)
     # MMEngine takes a user's own names from here.
     monkeypatch.setenv('MMENGINE_HOME', str(tmp_path))
-    names = {'good': f'{url}/named.pth', 'bad': f'{url}/worse.pth'}
+    (tmp_path / 'own.pth').write_bytes((trained / 'epoch_2.pth').read_bytes())
+    names = {'good': f'{url}/named.pth', 'bad': f'{url}/worse.pth', 'own': 'own.pth'}
     (tmp_path / 'open_mmlab.json').write_text(json.dumps(names))
-    checkpoint = load_checkpoint(Regression(), 'open-mmlab://good')
-    assert checkpoint['meta']['epoch'] == 2
+    for name in ('open-mmlab://good', 'openmmlab://own'):
+        checkpoint = load_checkpoint(Regression(), name)
+        assert checkpoint['meta']['epoch'] == 2
     with pytest.raises(RuntimeError, match=r'Refused to load .*worse\.pth'):
         load_checkpoint(Regression(), 'openmmlab://bad')
     assert not mark.exists()

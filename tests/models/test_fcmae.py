@@ -40,6 +40,40 @@ def samples(*indices):
     return [BaseDataElement(metainfo=dict(sample_idx=i)) for i in indices]
 
 
+def spread(weight):
+    return round(weight.std().item(), 2)
+
+
+def test_starts_as_in_the_papers_code():
+    torch.manual_seed(0)
+    init_cfg = dict(type='mmcnv2.FCMAEInit')
+    arch = dict(depths=(1, 1, 1, 1), dims=(64, 64, 64, 64))
+    encoder = MODELS.build(dict(type='ConvNeXtV2', arch=arch, init_cfg=init_cfg))
+    decoder = MODELS.build(
+        dict(type='FCMAEDecoder', in_channels=64, decoder_dim=64, init_cfg=init_cfg)
+    )
+    for module in (encoder, decoder):
+        module.init_weights()
+    stem, *others = encoder.downsample_layers
+    assert {spread(downsample[1].weight) for downsample in others} == {0.02}
+
+    # A normal distribution of standard deviation 1, cut at 2, has 0.88.
+    block = encoder.stages[2][0]
+    wide = [stem[0], block.dwconv, block.pwconv1, block.pwconv2]
+    wide += [decoder.proj, decoder.pred, decoder.decoder[0].dwconv]
+    for layer in wide:
+        assert spread(layer.weight) == pytest.approx(0.88, abs=0.03)
+        assert layer.weight.abs().max() <= 2
+        assert not layer.bias.any()
+    untouched = decoder.decoder[0].pwconv1
+    assert untouched.weight.abs().max() <= 64**-0.5
+    assert untouched.bias.any()
+    assert spread(decoder.mask_token) == pytest.approx(0.02, abs=0.01)
+    for norm in (stem[1], block.norm):
+        assert (norm.weight == 1).all()
+    assert not block.grn.gamma.any()
+
+
 def test_patches_are_cut_by_row_column_and_channel():
     pictures = torch.randn(2, 3, 64, 96)
     patches = patchify(pictures)

@@ -1,5 +1,8 @@
 """Running on visible patches equals running on everything and masking every step."""
 
+import sys
+from importlib.util import find_spec
+
 import pytest
 import torch
 
@@ -12,6 +15,12 @@ TOLERANCE = {
     torch.float32: dict(rtol=1e-3, atol=1e-4),
     torch.float64: dict(rtol=1e-9, atol=1e-10),
 }
+
+needs_minkowski = pytest.mark.skipif(
+    find_spec('MinkowskiEngine') is None,
+    reason='MinkowskiEngine is not installed: bash tools/install_minkowski.sh',
+)
+SPARSE = ['packed', pytest.param('minkowski', marks=needs_minkowski)]
 
 
 def encoder(arch, dtype, **kwargs):
@@ -53,6 +62,7 @@ def check_against_reference(model, image, mask):
         )
 
 
+@pytest.mark.parametrize('sparse', SPARSE)
 @pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
 @pytest.mark.parametrize('ratio', [0.25, 0.6, 0.9])
 @pytest.mark.parametrize(
@@ -60,17 +70,19 @@ def check_against_reference(model, image, mask):
     [(1, (224, 224)), (2, (160, 288)), (5, (96, 64))],
     ids=str,
 )
-def test_equals_dense_masked(n, size, ratio, dtype):
-    model = encoder(CUSTOM, dtype)
+def test_equals_dense_masked(n, size, ratio, dtype, sparse):
+    model = encoder(CUSTOM, dtype, sparse=sparse)
     mask = random_mask(n, size[0] // 32, size[1] // 32, ratio)
     check_against_reference(model, torch.randn(n, 3, *size, dtype=dtype), mask)
 
 
+@pytest.mark.parametrize('sparse', SPARSE)
 @pytest.mark.parametrize('arch', ['atto', 'tiny'])
-def test_published_sizes_equal_dense_masked(arch):
+def test_published_sizes_equal_dense_masked(arch, sparse):
+    model = encoder(arch, torch.float64, sparse=sparse)
     mask = random_mask(2, 3, 4, 0.6)
     image = torch.randn(2, 3, 96, 128, dtype=torch.float64)
-    check_against_reference(encoder(arch, torch.float64), image, mask)
+    check_against_reference(model, image, mask)
 
 
 def test_nothing_hidden_equals_the_dense_encoder():
@@ -81,8 +93,9 @@ def test_nothing_hidden_equals_the_dense_encoder():
         torch.testing.assert_close(out, visible_tokens(dense, mask))
 
 
-def test_hidden_pixels_have_no_influence():
-    model = encoder(CUSTOM, torch.float32)
+@pytest.mark.parametrize('sparse', SPARSE)
+def test_hidden_pixels_have_no_influence(sparse):
+    model = encoder(CUSTOM, torch.float32, sparse=sparse)
     mask = random_mask(3, 3, 4, 0.6)
     hidden = mask.repeat_interleave(32, 1).repeat_interleave(32, 2)[:, None]
     image = torch.randn(3, 3, 96, 128, requires_grad=True)
@@ -96,8 +109,9 @@ def test_hidden_pixels_have_no_influence():
         assert torch.equal(out, same)
 
 
-def test_companions_have_no_influence():
-    model = encoder(CUSTOM, torch.float64)
+@pytest.mark.parametrize('sparse', SPARSE)
+def test_companions_have_no_influence(sparse):
+    model = encoder(CUSTOM, torch.float64, sparse=sparse)
     mask = random_mask(3, 3, 4, 0.6)
     image = torch.randn(3, 3, 96, 128, dtype=torch.float64)
     for out, alone in zip(
@@ -106,9 +120,10 @@ def test_companions_have_no_influence():
         torch.testing.assert_close(out[1:2], alone, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize('sparse', SPARSE)
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
-def test_autocast(dtype):
-    model = encoder(CUSTOM, torch.float32)
+def test_autocast(dtype, sparse):
+    model = encoder(CUSTOM, torch.float32, sparse=sparse)
     mask = random_mask(2, 3, 4, 0.6)
     image = torch.randn(2, 3, 96, 128)
     expected = model(image, mask)[-1]
@@ -119,8 +134,12 @@ def test_autocast(dtype):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_checkpointing_changes_nothing():
-    plain, saving = (encoder(CUSTOM, torch.float32, with_cp=c) for c in (False, True))
+@pytest.mark.parametrize('sparse', SPARSE)
+def test_checkpointing_changes_nothing(sparse):
+    plain, saving = (
+        encoder(CUSTOM, torch.float32, sparse=sparse, with_cp=with_cp)
+        for with_cp in (False, True)
+    )
     mask = random_mask(2, 3, 4, 0.6)
     image = torch.randn(2, 3, 96, 128)
     for model in (plain, saving):
@@ -142,3 +161,14 @@ def test_wrong_masks():
         model(image, torch.zeros(2, 2, 3))
     with pytest.raises(ValueError, match=r'multiples of 32, but got \(64, 97\)'):
         model(torch.zeros(2, 3, 64, 97), torch.zeros(2, 2, 3, dtype=torch.bool))
+
+
+def test_unknown_sparse_layout():
+    with pytest.raises(ValueError, match="'dense'; give one of packed, minkowski"):
+        ConvNeXtV2('atto', sparse='dense')
+
+
+def test_minkowski_engine_absent(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'MinkowskiEngine', None)
+    with pytest.raises(ImportError, match=r'bash tools/install_minkowski\.sh'):
+        ConvNeXtV2('atto', sparse='minkowski')

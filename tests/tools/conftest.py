@@ -110,6 +110,61 @@ default_hooks = dict(
     visualization=dict(type='SegVisualizationHook'))
 """
 
+PRETRAINING = """
+_base_ = [
+    'mmcnv2::_base_/models/fcmae_convnextv2-tiny.py',
+    'mmcnv2::_base_/fcmae_runtime.py']
+custom_imports = dict(imports=['mmcnv2', 'recorder'])
+custom_hooks = [dict(type='mmengine.Recorder')]
+model = dict(
+    backbone=dict(
+        arch=dict(_delete_=True, depths=(1, 1, 1, 1), dims=(8, 8, 16, 16))),
+    neck=dict(decoder_dim=16))
+train_dataloader = dict(
+    batch_size=1, num_workers=0,
+    dataset=dict(
+        type='UnlabelledImages', data_root='{data}',
+        data_prefix=dict(img_path='pictures'),
+        pipeline=[dict(type='LoadImageFromFile'), dict(type='PackPretrainInputs')]),
+    sampler=dict(type='DefaultSampler', shuffle=True))
+train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=1)
+optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=1e-3))
+auto_scale_lr = dict(base_batch_size=4)
+"""
+
+# Each process writes down what it has seen, and the weights that it ends with.
+RECORDER = """
+import torch
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+
+
+@HOOKS.register_module()
+class Recorder(Hook):
+    def before_train(self, runner):
+        model = runner.model
+        self.model = model.module if is_model_wrapper(model) else model
+        self.pictures, self.masks = [], []
+        self.start = self.weights()
+        self.model.backbone.register_forward_pre_hook(self.record)
+
+    def weights(self):
+        return {k: v.clone() for k, v in self.model.state_dict().items()}
+
+    def record(self, backbone, args):
+        self.masks.append(args[1])
+
+    def before_train_iter(self, runner, batch_idx, data_batch):
+        self.pictures += [each.img_path for each in data_batch['data_samples']]
+
+    def after_train(self, runner):
+        seen = dict(pictures=self.pictures, masks=self.masks)
+        weights = dict(start=self.start, end=self.weights())
+        torch.save(seen | weights, f'{runner.work_dir}/process_{get_rank()}.pt')
+"""
+
 
 def draw(folder: Path, count: int = 4) -> None:
     """Draw boxes on floors, with their instances and label maps."""
@@ -138,12 +193,14 @@ def draw(folder: Path, count: int = 4) -> None:
 
 @pytest.fixture(scope='session')
 def tools_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Hold a config for each task in ``det.py`` and ``seg.py``, and their data."""
+    """Hold ``det.py``, ``seg.py`` and ``fcmae.py``, a config each, and their data."""
     folder = tmp_path_factory.mktemp('tools')
     draw(folder / 'data')
-    for name, template in {'det': DETECTION, 'seg': SEGMENTATION}.items():
+    templates = {'det': DETECTION, 'seg': SEGMENTATION, 'fcmae': PRETRAINING}
+    for name, template in templates.items():
         text = template.format(common=COMMON, data=folder / 'data')
         (folder / f'{name}.py').write_text(text)
+    (folder / 'recorder.py').write_text(RECORDER)
     return folder
 
 
@@ -159,7 +216,12 @@ def run(tools_folder: Path) -> Run:
         result = subprocess.run(
             [*starter, str(ROOT / 'tools' / tool), *map(str, args)],
             # One thread is quicker for pictures as small as these.
-            env={**os.environ, 'PATH': path, 'OMP_NUM_THREADS': '1'},
+            env={
+                **os.environ,
+                'PATH': path,
+                'OMP_NUM_THREADS': '1',
+                'PYTHONPATH': str(tools_folder),
+            },
             cwd=tools_folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

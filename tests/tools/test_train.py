@@ -82,6 +82,27 @@ def test_two_processes_train_as_one_does_on_the_joint_batch(
             torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_two_processes_pretrain_on_masks_and_pictures_of_their_own(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv('PORT', '29535')
+    run('dist_train.sh', 'fcmae.py', 2, '--work-dir', tmp_path, '--auto-scale-lr')
+    first, second = (load(tmp_path / f'process_{rank}.pt') for rank in range(2))
+    assert len({*first['pictures'], *second['pictures']}) == 4
+    for mask, other in zip(first['masks'], second['masks'], strict=True):
+        assert mask.sum() == other.sum() == 4
+    assert not torch.equal(torch.cat(first['masks']), torch.cat(second['masks']))
+    for moment in ('start', 'end'):
+        torch.testing.assert_close(first[moment], second[moment], rtol=0, atol=0)
+    assert not torch.equal(
+        first['start']['backbone.stages.0.0.dwconv.weight'],
+        first['end']['backbone.stages.0.0.dwconv.weight'],
+    )
+    # Two processes with batches of 1, and the rate is for 4.
+    [group] = load(tmp_path / 'epoch_1.pth')['optimizer']['param_groups']
+    assert group['lr'] == pytest.approx(1e-3 / 2)
+
+
 def test_resume_from_nowhere(
     run_here: RunHere, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,7 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
 from mmengine.visualization import Visualizer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import Dataset
 
 from mmcnv2.visualization import reconstruction_grid
@@ -137,7 +138,9 @@ class Predictions(BaseModel):
         return [sample(int(index)) for index in inputs]
 
 
-def run(folder: Path, train: bool, **hook: Any) -> Runner:
+def run(
+    folder: Path, train: bool, backend: str = 'LocalVisBackend', **hook: Any
+) -> Runner:
     loader = dict(dataset=Numbers(), batch_size=2, num_workers=0)
     loader['collate_fn'] = pseudo_collate
     loader['sampler'] = dict(type='DefaultSampler', shuffle=False)
@@ -158,7 +161,7 @@ def run(folder: Path, train: bool, **hook: Any) -> Runner:
         **settings,
         **{'val_evaluator' if train else 'test_evaluator': metric},
         default_hooks=dict(checkpoint=None, visualization=visualization),
-        visualizer=dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')]),
+        visualizer=dict(type='Visualizer', vis_backends=[dict(type=backend)]),
         experiment_name=folder.name,
     )
     runner.train() if train else runner.test()
@@ -178,6 +181,19 @@ def test_hook_in_validation(tmp_path):
     assert list(found) == names
     expected = reconstruction_grid([sample(4), sample(5)])
     assert np.array_equal(found['val_reconstruction_2_6.png'], expected)
+
+
+def test_hook_draws_into_tensorboard(tmp_path):
+    run(tmp_path, train=True, backend='TensorboardVisBackend')
+    (events,) = tmp_path.rglob('events.out.tfevents.*')
+    log = EventAccumulator(str(events), size_guidance=dict(images=0)).Reload()
+    name = 'val_reconstruction_0'
+    assert log.Tags()['images'] == [name]
+    shown_at = log.Images(name)
+    assert [each.step for each in shown_at] == [3, 6]
+    bytes_ = np.frombuffer(shown_at[-1].encoded_image_string, np.uint8)
+    picture = cv2.imdecode(bytes_, cv2.IMREAD_COLOR)[..., ::-1]
+    assert np.array_equal(picture, reconstruction_grid([sample(0), sample(1)]))
 
 
 def test_hook_in_testing(tmp_path):

@@ -1,3 +1,4 @@
+init_cfg = dict(type='mmcnv2.FCMAEInit')
 model = dict(
     type='FCMAE',
     data_preprocessor=dict(
@@ -11,8 +12,14 @@ model = dict(
         arch='tiny',
         out_indices=(-1,),
         output_norm=False,
+        init_cfg=init_cfg,
     ),
-    neck=dict(type='FCMAEDecoder', decoder_dim=512, decoder_depth=1),
+    neck=dict(
+        type='FCMAEDecoder',
+        decoder_dim=512,
+        decoder_depth=1,
+        init_cfg=init_cfg,
+    ),
     head=dict(type='FCMAEHead', norm_pix=True),
     mask_ratio=0.6,
 )

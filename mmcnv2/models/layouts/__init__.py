@@ -10,9 +10,16 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from .dense import DenseLayout
+from .minkowski import MinkowskiLayout, import_minkowski_engine
 from .packed import PackedLayout
 
-__all__ = ['DenseLayout', 'Layout', 'PackedLayout']
+__all__ = [
+    'DenseLayout',
+    'Layout',
+    'MinkowskiLayout',
+    'PackedLayout',
+    'import_minkowski_engine',
+]
 
 
 class Layout(Protocol):

@@ -40,11 +40,8 @@ class PackedLayout:
     def stem(self, conv: nn.Conv2d, image: Tensor) -> Tensor:
         _, h, w = self.grid
         patches = image.unflatten(3, (w, -1)).unflatten(2, (h, -1))
-        patches = patches.permute(0, 2, 4, 1, 3, 5)
         # (N * patches, C, patch size, patch size)
-        visible = patches[
-            self.patches // (h * w), self.patches // w % h, self.patches % w
-        ]
+        visible = patches.permute(0, 2, 4, 1, 3, 5)[self._places()]
         return self._tokens(conv(visible))
 
     def depthwise(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -70,6 +67,11 @@ class PackedLayout:
     def output(self, x: Tensor) -> Tensor:
         """Return ``(N, T, C)``."""
         return x
+
+    def _places(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Picture, row and column of each visible patch."""
+        _, h, w = self.grid
+        return self.patches // (h * w), self.patches // w % h, self.patches % w
 
     def _tokens(self, tiles: Tensor) -> Tensor:
         """Turn ``(N * patches, C, side, side)`` into ``(N, T, C)``."""
