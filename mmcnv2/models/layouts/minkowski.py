@@ -64,18 +64,29 @@ class MinkowskiLayout(PackedLayout):
         self._maps_by_side: dict[int, tuple[Any, Tensor]] = {}
 
     def depthwise(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
-        module = self.engine.MinkowskiChannelwiseConvolution(
-            conv.in_channels, kernel_size=conv.kernel_size[0], dimension=2
+        module = self._module(
+            'MinkowskiChannelwiseConvolution',
+            conv.in_channels,
+            kernel_size=conv.kernel_size[0],
         )
         kernel = conv.weight.permute(3, 2, 0, 1).flatten(0, 1).squeeze(-1)
         return self._run(module, kernel, conv.bias, x, self._side(x))
 
     def downsample(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
-        module = self.engine.MinkowskiConvolution(
-            conv.in_channels, conv.out_channels, kernel_size=2, stride=2, dimension=2
+        module = self._module(
+            'MinkowskiConvolution',
+            conv.in_channels,
+            conv.out_channels,
+            kernel_size=2,
+            stride=2,
         )
         kernel = conv.weight.permute(3, 2, 1, 0).flatten(0, 1)
         return self._run(module, kernel, conv.bias, x, self._side(x) // 2)
+
+    def _module(self, name: str, *channels: int, **geometry: int) -> nn.Module:
+        # It draws weights of its own, which nobody uses, from torch's generator.
+        with torch.random.fork_rng(devices=[]):
+            return getattr(self.engine, name)(*channels, **geometry, dimension=2)
 
     def _run(
         self,
