@@ -22,8 +22,8 @@ _TOOLCHAIN = 'pip install "setuptools<81" wheel ninja psutil'
 def check_environment() -> None:
     """Check the versions and the state of the OpenMMLab packages that are installed.
 
-    A package that is not installed is no problem here, MMEngine excepted: pre-training
-    needs neither MMCV nor MMDetection nor MMSegmentation.
+    A package that is not installed is no problem here, MMEngine excepted: the models
+    need no other, and pre-training MMCV alone, without its compiled operators.
 
     Raises:
         ImportError: Something installed cannot work. The message lists each problem

@@ -48,8 +48,10 @@ def enable_visualization(cfg: Config, args: argparse.Namespace) -> None:
             "or dict(type='mmcnv2.ReconstructionVisualizationHook')."
         )
     hook.draw = True
-    # The segmentation hook would draw every 50th batch.
+    # The segmentation hook would draw every 50th batch, that of pre-training a part.
     hook.setdefault('interval', 1)
+    if cfg.get('default_scope') == 'mmcnv2':
+        hook.setdefault('num_pictures', None)
     if args.show:
         hook.show = True
         hook.wait_time = args.wait_time

@@ -27,7 +27,7 @@ def parse_args() -> argparse.Namespace:
         '--auto-scale-lr',
         action='store_true',
         help='scale the learning rate from auto_scale_lr.base_batch_size to the actual '
-        'batch size',
+        'number of pictures of a step, over all processes and accumulated batches',
     )
     parser.add_argument(
         '--resume',
@@ -58,6 +58,9 @@ def enable_amp(cfg: Config) -> None:
             'on CPUs. Leave --amp out.'
         )
     wrapper.type = 'AmpOptimWrapper'
+    if cfg.get('default_scope') == 'mmcnv2':
+        # What the paper's initial weights bring forth is too large for float16.
+        wrapper.setdefault('dtype', 'bfloat16')
     wrapper.setdefault('loss_scale', 'dynamic')
 
 
@@ -65,9 +68,12 @@ def enable_auto_scale_lr(cfg: Config) -> None:
     if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
         raise SystemExit(
             '--auto-scale-lr needs auto_scale_lr = dict(base_batch_size=...) in the '
-            'config: the batch size, over all processes, that its learning rate is for.'
+            'config: the number of pictures of a step, over all processes and '
+            'accumulated batches, that its learning rate is for.'
         )
     cfg.auto_scale_lr.enable = True
+    # MMEngine compares with a single batch of each process.
+    cfg.auto_scale_lr.base_batch_size /= cfg.optim_wrapper.get('accumulative_counts', 1)
 
 
 def main() -> None:

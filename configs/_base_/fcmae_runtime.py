@@ -8,8 +8,8 @@ default_hooks = dict(
     checkpoint=dict(type='CheckpointHook', interval=20, max_keep_ckpts=3),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='ReconstructionVisualizationHook'),
+    broken_images=dict(type='BrokenImagesHook', max_share=0.01),
 )
-custom_hooks = [dict(type='BrokenImagesHook', max_share=0.01)]
 
 env_cfg = dict(
     cudnn_benchmark=True,

@@ -18,7 +18,6 @@ param_scheduler = [
     dict(type='CosineAnnealingLR', by_epoch=True, convert_to_iter_based=True),
 ]
 optim_wrapper = dict(
-    type='OptimWrapper',
     accumulative_counts=1,
     optimizer=dict(lr=1e-3),
 )

@@ -32,8 +32,8 @@ class FCMAEInferencer(BaseInferencer):
     on its place among the inputs and on the model's ``test_mask_seed``.
 
     Args:
-        model: Path of a config, a config, or the name of a model of the metafiles;
-            None takes the config that is stored in the checkpoint.
+        model: A config, or the path of one; None takes the config that is stored in
+            the checkpoint.
         weights: Path or URL of a checkpoint, whose keys have to be the model's.
         device: ``cpu``, ``cuda:0``, ...; an accelerator if there is one, by default.
         data_range: Difference between the greatest and the least possible pixel value.
@@ -57,7 +57,7 @@ class FCMAEInferencer(BaseInferencer):
     ) -> None:
         model = os.fspath(model) if isinstance(model, os.PathLike) else model
         # BaseInferencer would look for the name of a model, and not find it.
-        if isinstance(model, str) and model.endswith('.py'):
+        if isinstance(model, str):
             model = Config.fromfile(model)
         self.data_range = data_range
         super().__init__(model, weights, device, 'mmcnv2', show_progress)
@@ -170,7 +170,7 @@ class FCMAEInferencer(BaseInferencer):
     def _init_model(
         self, cfg: Config, weights: str | None, device: str = 'cpu'
     ) -> nn.Module:
-        init_default_scope(cfg.get('default_scope', 'mmengine'))
+        init_default_scope('mmcnv2')
         return super()._init_model(cfg, weights, device)
 
     def _load_weights_to_model(

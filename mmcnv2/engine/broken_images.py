@@ -91,8 +91,8 @@ class BrokenImagesHook(Hook):
         raise RuntimeError(
             f'{self._count(runner)} could not be read, more than max_share='
             f'{self.max_share:g} allows. The first: {self._first()}. Mend or remove '
-            'these files, or, if training without them is fine, raise max_share of '
-            'BrokenImagesHook in custom_hooks.'
+            'these files, or, if training without them is fine, raise '
+            'default_hooks.broken_images.max_share in the config.'
         )
 
     def _count(self, runner: Runner) -> str:

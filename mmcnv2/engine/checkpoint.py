@@ -91,6 +91,16 @@ def _failure(path: Path, error: Exception) -> RuntimeError:
     )
 
 
+def _with_state_dict(checkpoint: Any) -> Any:
+    """Call the weights what MMEngine calls them; the official files have 'model'."""
+    official = isinstance(checkpoint, dict) and isinstance(
+        checkpoint.get('model'), dict
+    )
+    if official and 'state_dict' not in checkpoint:
+        checkpoint['state_dict'] = checkpoint.pop('model')
+    return checkpoint
+
+
 # MMEngine logs the part of a loader's name after 'load_from_'.
 @CheckpointLoader.register_scheme(prefixes='', force=True)
 def load_from_local(filename: str, map_location: Any = None) -> Any:
@@ -114,10 +124,11 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
             f'There is no checkpoint file {path} (working folder: {Path.cwd()}).'
         )
     try:
-        return torch.load(path, map_location=map_location, weights_only=True)
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     # A broken file surfaces as any of a dozen exception types.
     except Exception as error:
         raise _failure(path, error) from None
+    return _with_state_dict(checkpoint)
 
 
 @CheckpointLoader.register_scheme(prefixes=('http://', 'https://'), force=True)

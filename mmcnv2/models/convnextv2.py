@@ -208,18 +208,29 @@ def _check_sparse(sparse: str) -> None:
         import_minkowski_engine()
 
 
-def _check_mask(x: Tensor, mask: Tensor) -> None:
-    n, _, height, width = x.shape
+def check_masked_size(x: Tensor) -> None:
+    """Raise a ``ValueError`` if pictures cannot be cut into patches."""
+    height, width = x.shape[2:]
     if height % STRIDE or width % STRIDE:
         raise ValueError(
             f'to be masked, pictures need sides that are multiples of {STRIDE}, but '
             f'got {(height, width)}; resize or crop them in the data pipeline'
         )
+
+
+def _check_mask(x: Tensor, mask: Tensor) -> None:
+    check_masked_size(x)
+    n, _, height, width = x.shape
     expected = (n, height // STRIDE, width // STRIDE)
     if mask.dtype != torch.bool or mask.shape != expected:
         raise ValueError(
             f'a bool mask of shape {expected} expected, but got {mask.dtype} of shape '
             f'{tuple(mask.shape)}'
+        )
+    if mask.flatten(1).all(1).any():
+        raise ValueError(
+            'the mask hides a picture entirely; leave at least one of its patches '
+            'visible'
         )
 
 

@@ -8,7 +8,7 @@ from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
 from ..registry import MODELS, WEIGHT_INITIALIZERS
-from .convnextv2 import STRIDE
+from .convnextv2 import STRIDE, check_masked_size
 from .layers import INIT_CFG, Block
 from .layouts import DenseLayout
 
@@ -18,8 +18,8 @@ class FCMAE(BaseModel):
     """Fully convolutional masked autoencoder.
 
     Args:
-        backbone (dict): The encoder, a :class:`ConvNeXtV2` that returns its last stage
-            alone, without output norm.
+        backbone (dict): The encoder, a :class:`ConvNeXtV2`. It returns its last stage
+            alone, and without output norm.
         neck (dict): The decoder, a :class:`FCMAEDecoder`; its ``in_channels`` and
             ``picture_channels`` follow from the backbone.
         head (dict): The loss, a :class:`FCMAEHead`.
@@ -50,7 +50,8 @@ class FCMAE(BaseModel):
             raise ValueError(f'mask_ratio is {mask_ratio}; give it in (0, 1)')
         self.mask_ratio = mask_ratio
         self.test_mask_seed = test_mask_seed
-        self.backbone = MODELS.build(backbone)
+        last_stage = dict(out_indices=(-1,), output_norm=False)
+        self.backbone = MODELS.build({**backbone, **last_stage})
         channels = dict(
             in_channels=self.backbone.dims[-1],
             picture_channels=self.backbone.in_channels,
@@ -77,7 +78,8 @@ class FCMAE(BaseModel):
             mask (Tensor, optional): ``(N, H / 32, W / 32)``, bool, True where a patch
                 is hidden. Drawn at random by default.
             generator (torch.Generator, optional): Where the random masks of 'loss' and
-                'tensor' come from. Defaults to torch's own.
+                'tensor' come from; those of 'predict' depend on the place of the
+                picture alone. Defaults to torch's own.
 
         Returns:
             dict[str, Tensor] | list[BaseDataElement] | Tensor: For 'loss', ``loss``.
@@ -87,11 +89,11 @@ class FCMAE(BaseModel):
             ``(N, H / 32, W / 32, 32 * 32 * C)``.
 
         Raises:
-            ValueError: If the mode is unknown or the pictures or the mask have the
-                wrong shape.
+            ValueError: If the mode is unknown, the pictures or the mask have the
+                wrong shape, or the mask hides nothing or everything.
         """
         if mode == 'predict':
-            return self.predict(inputs, data_samples or [], mask)
+            return self.predict(inputs, data_samples, mask)
         if mask is None:
             mask = self.random_mask(inputs, generator)
         if mode == 'tensor':
@@ -110,7 +112,15 @@ class FCMAE(BaseModel):
 
         Returns:
             Tensor: ``(N, h, w, 32 * 32 * C)``.
+
+        Raises:
+            ValueError: If the mask hides nothing or everything, or has the wrong shape.
         """
+        if not mask.any():
+            raise ValueError(
+                'the mask hides no patch, so there is nothing to reconstruct; hide at '
+                'least one of each picture'
+            )
         (features,) = self.backbone(inputs, mask)
         return self.neck(features, mask)
 
@@ -127,8 +137,10 @@ class FCMAE(BaseModel):
             Tensor: ``(N, H / 32, W / 32)``, bool, True where a patch is hidden.
 
         Raises:
-            ValueError: If all patches would be hidden, or all visible.
+            ValueError: If all patches would be hidden, or all visible, or if sides are
+                no multiples of 32.
         """
+        check_masked_size(inputs)
         n, _, height, width = inputs.shape
         h, w = height // STRIDE, width // STRIDE
         # As the paper's code rounds; the tiny number mends 10 * (1 - 0.9) < 1.
@@ -148,19 +160,25 @@ class FCMAE(BaseModel):
     def predict(
         self,
         inputs: Tensor,
-        data_samples: list[BaseDataElement],
+        data_samples: list[BaseDataElement] | None = None,
         mask: Tensor | None = None,
     ) -> list[BaseDataElement]:
         """Reconstruct pictures under masks that depend on nothing but their place.
 
         Args:
             inputs (Tensor): Normalised pictures, ``(N, C, H, W)``.
-            data_samples (list[BaseDataElement]): With ``sample_idx``.
+            data_samples (list[BaseDataElement], optional): With ``sample_idx``.
+                Defaults to new ones, counted from 0.
             mask (Tensor, optional): ``(N, h, w)``, bool, True where a patch is hidden.
 
         Returns:
             list[BaseDataElement]: The samples, completed as :meth:`forward` says.
         """
+        if data_samples is None:
+            places = range(len(inputs))
+            data_samples = [
+                BaseDataElement(metainfo=dict(sample_idx=i)) for i in places
+            ]
         if mask is None:
             masks = [
                 self.random_mask(picture[None], self._test_generator(sample))

@@ -109,7 +109,8 @@ class ReconstructionVisualizationHook(Hook):
         draw: Whether to draw at all. ``tools/test.py`` switches it on for ``--show``
             and ``--show-dir``.
         interval: Draw the first batch and each that is a multiple of this later.
-        num_pictures: The greatest number of pictures to draw of a batch, one a row.
+        num_pictures: The greatest number of pictures to draw of a batch, one a row;
+            None draws all.
         data_range: The pixel value that is shown as white.
         show: Whether to open a window with each grid too.
         wait_time: Seconds to show it for; 0 is until a key is pressed.
@@ -121,7 +122,7 @@ class ReconstructionVisualizationHook(Hook):
         self,
         draw: bool = True,
         interval: int = 50,
-        num_pictures: int = 8,
+        num_pictures: int | None = 8,
         data_range: float = 255.0,
         show: bool = False,
         wait_time: float = 0.0,
@@ -160,7 +161,8 @@ class ReconstructionVisualizationHook(Hook):
             return
         name, grid = f'test_reconstruction_{batch_idx}', self._grid(outputs)
         if self.test_out_dir is None:
-            runner.visualizer.add_image(name, grid, runner.iter)
+            # Without a step: asking the runner would build the training data for it.
+            runner.visualizer.add_image(name, grid)
         else:
             folder = Path(runner.log_dir, self.test_out_dir)
             folder.mkdir(parents=True, exist_ok=True)

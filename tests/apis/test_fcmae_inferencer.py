@@ -132,6 +132,14 @@ def test_files_of_grids(inferencer, folder, tmp_path):
         assert np.array_equal(cv2.imread(str(tmp_path / name))[..., ::-1], grid)
 
 
+def test_config_from_the_checkpoint(inferencer, folder, tmp_path):
+    checkpoint = torch.load(folder / 'model.pth')
+    torch.save({**checkpoint, 'meta': {'cfg': CONFIG}}, tmp_path / 'whole.pth')
+    alone = FCMAEInferencer(weights=str(tmp_path / 'whole.pth'), device='cpu')
+    path = paths(folder)[0]
+    assert alone(path)['predictions'] == inferencer(path)['predictions']
+
+
 def test_is_in_the_registry(folder):
     arguments = dict(model=str(folder / 'config.py'), weights=str(folder / 'model.pth'))
     inferencer = INFERENCERS.build(dict(type='mmcnv2.FCMAEInferencer', **arguments))

@@ -12,6 +12,7 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
 from mmcnv2.models import ARCHITECTURES
+from mmcnv2.registry import MODELS
 
 from .conftest import CONFIGS, small
 
@@ -101,9 +102,8 @@ def test_fcmae_is_the_published_recipe(epochs, arch):
     assert (model.backbone.arch, model.mask_ratio) == (arch, 0.6)
     assert (model.neck.decoder_dim, model.neck.decoder_depth) == (512, 1)
     assert model.head.norm_pix
-    assert cfg.auto_scale_lr.base_batch_size == 8 * loader.batch_size
-    images = cfg.auto_scale_lr.base_batch_size * wrapper.accumulative_counts
-    assert images == 4096
+    images = 8 * loader.batch_size * wrapper.accumulative_counts
+    assert images == cfg.auto_scale_lr.base_batch_size == 4096
     rate = pytest.approx(1.5e-4 * images / 256)
     assert wrapper.optimizer == dict(
         type='AdamW', lr=rate, betas=(0.9, 0.95), weight_decay=0.05
@@ -115,6 +115,20 @@ def test_fcmae_is_the_published_recipe(epochs, arch):
     crop = loader.dataset.pipeline[1]
     assert (crop.type, crop.scale) == ('RandomResizedCrop', 224)
     assert crop.crop_ratio_range == (0.2, 1.0)
+
+
+@pytest.mark.parametrize('arch', ['atto', 'tiny', 'base'])
+def test_fcmae_starts_within_the_range_of_bfloat16(arch):
+    """``--amp`` takes it, for the paper's initial weights make float16 overflow."""
+    cfg = recipe(f'fcmae/fcmae_convnextv2-{arch}_800e_imagenet.py')
+    torch.manual_seed(0)
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    with torch.autocast('cpu', torch.bfloat16):
+        loss = model(torch.randn(1, 3, 64, 64), mode='loss')['loss']
+    loss.backward()
+    assert loss.isfinite()
+    assert all(param.grad.isfinite().all() for param in model.parameters())
 
 
 def test_fcmae_accumulates_gradients(tmp_path, scenes, ade):

@@ -225,6 +225,21 @@ def test_loads_mmpretrain_checkpoints(tmp_path):
         assert torch.equal(model.state_dict()[name], value), name
 
 
+def test_loads_official_checkpoints(tmp_path):
+    """They hold the weights as 'model', with a norm and a head for classification."""
+    source = randomise(ConvNeXtV2(CUSTOM)).state_dict()
+    weights = {k: v for k, v in source.items() if not k.startswith('norm')}
+    more = {'norm.weight': torch.ones(22), 'head.weight': torch.ones(10, 22)}
+    path = tmp_path / 'official.pt'
+    torch.save({'model': {**weights, **more}}, path)
+
+    init_cfg = dict(type='Pretrained', checkpoint=str(path))
+    model = ConvNeXtV2(CUSTOM, init_cfg=init_cfg)
+    model.init_weights()
+    for name, value in weights.items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
 def test_autocast_trains(dtype):
     model = randomise(ConvNeXtV2(CUSTOM))

@@ -24,8 +24,6 @@ def fcmae(in_channels=3, head=None, **kwargs) -> FCMAE:
                 type='ConvNeXtV2',
                 arch=dict(depths=(1, 1, 1, 1), dims=(6, 8, 10, 12)),
                 in_channels=in_channels,
-                out_indices=(-1,),
-                output_norm=False,
             ),
             neck=dict(type='FCMAEDecoder', decoder_dim=16),
             head=dict(type='FCMAEHead', **(head or {})),
@@ -250,6 +248,29 @@ def test_autocast_does_not_overflow(dtype):
     assert loss.dtype == torch.float32
     assert loss.isfinite()
     assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize('mode', ['loss', 'tensor', 'predict'])
+def test_mask_from_outside_must_leave_something_to_do(mode):
+    model, pictures = fcmae(), torch.zeros(1, 3, 64, 64)
+    for hidden, message in ((False, 'hides no patch'), (True, 'hides a picture')):
+        mask = torch.full((1, 2, 2), hidden)
+        with pytest.raises(ValueError, match=message):
+            model(pictures, mode=mode, mask=mask)
+
+
+def test_size_of_pictures():
+    with pytest.raises(ValueError, match=r'multiples of 32, but got \(64, 40\)'):
+        fcmae()(torch.zeros(1, 3, 64, 40), mode='loss')
+
+
+def test_predict_without_samples():
+    model, pictures = fcmae().eval(), torch.randn(2, 3, 64, 64)
+    found = model(pictures, mode='predict')
+    expected = model(pictures, samples(0, 1), mode='predict')
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.mask, other.mask)
+        assert torch.equal(one.reconstruction, other.reconstruction)
 
 
 def test_weights_move_to_a_dense_backbone():

@@ -159,6 +159,9 @@ def test_wrong_masks():
         model(image, torch.zeros(2, 3, 2, dtype=torch.bool))
     with pytest.raises(ValueError, match=r'bool mask.*torch.float32'):
         model(image, torch.zeros(2, 2, 3))
+    all_hidden = torch.tensor([[[True, True, False]] * 2, [[True] * 3] * 2])
+    with pytest.raises(ValueError, match='hides a picture entirely'):
+        model(image, all_hidden)
     with pytest.raises(ValueError, match=r'multiples of 32, but got \(64, 97\)'):
         model(torch.zeros(2, 3, 64, 97), torch.zeros(2, 2, 3, dtype=torch.bool))
 

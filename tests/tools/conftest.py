@@ -127,9 +127,14 @@ train_dataloader = dict(
         data_prefix=dict(img_path='pictures'),
         pipeline=[dict(type='LoadImageFromFile'), dict(type='PackPretrainInputs')]),
     sampler=dict(type='DefaultSampler', shuffle=True))
+test_dataloader = dict(
+    train_dataloader, sampler=dict(type='DefaultSampler', shuffle=False))
+test_evaluator = dict(type='ReconstructionMetric')
+test_cfg = dict()
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=1)
-optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=1e-3))
-auto_scale_lr = dict(base_batch_size=4)
+optim_wrapper = dict(
+    type='OptimWrapper', accumulative_counts=2, optimizer=dict(type='SGD', lr=1e-3))
+auto_scale_lr = dict(base_batch_size=8)
 """
 
 # Each process writes down what it has seen, and the weights that it ends with.

@@ -1,6 +1,7 @@
 """``tools/test.py`` and ``dist_test.sh`` from the command line."""
 
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -8,7 +9,11 @@ from subprocess import CompletedProcess
 import cv2
 import numpy as np
 import pytest
+import torch
 from mmengine.config import Config
+from mmengine.registry import init_default_scope
+
+from mmcnv2.registry import MODELS
 
 Run = Callable[..., CompletedProcess]
 RunHere = Callable[..., None]
@@ -49,6 +54,38 @@ def test_segmentation(
     assert label.shape == (64, 96)
     assert label.max() <= 1
     assert_painted(tmp_path / 'shown', tools_folder / 'data' / 'pictures', 4)
+
+
+def figures(output: str) -> dict[str, float]:
+    """Read the loss and PSNR that the log ends with."""
+    found = re.findall(r'fcmae/(loss|psnr): ([\d.]+)', output)
+    return {name: float(value) for name, value in found}
+
+
+def test_pretraining(
+    run: Run,
+    tools_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    cfg = Config.fromfile(tools_folder / 'fcmae.py', import_custom_modules=False)
+    init_default_scope('mmcnv2')
+    model = MODELS.build(cfg.model)
+    torch.save({'state_dict': model.state_dict()}, tmp_path / 'model.pth')
+    where = ['--work-dir', tmp_path / 'run']
+    shown = ['--show-dir', tmp_path / 'shown', '--out', tmp_path / 'out.pkl']
+    output = run('test.py', 'fcmae.py', tmp_path / 'model.pth', *where, *shown).stdout
+    assert len(list((tmp_path / 'shown').rglob('*.png'))) == 4
+    losses = [
+        float(each['loss'])
+        for each in pickle.loads((tmp_path / 'out.pkl').read_bytes())
+    ]
+    assert figures(output)['loss'] == pytest.approx(np.mean(losses), abs=1e-4)
+    # The masks depend on the pictures alone, so two processes find the same.
+    monkeypatch.setenv('PORT', '29536')
+    two = run('dist_test.sh', 'fcmae.py', tmp_path / 'model.pth', 2, *where).stdout
+    assert figures(two) == pytest.approx(figures(output), abs=2e-4)
 
 
 def test_two_processes_with_tta(

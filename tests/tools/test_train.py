@@ -1,5 +1,6 @@
 """``tools/train.py`` and ``dist_train.sh`` from the command line."""
 
+import runpy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,9 +9,12 @@ from subprocess import CompletedProcess
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.device import get_device
 
 import mmcnv2  # noqa: F401
+
+from .conftest import ROOT
 
 Run = Callable[..., CompletedProcess]
 RunHere = Callable[..., None]
@@ -98,7 +102,7 @@ def test_two_processes_pretrain_on_masks_and_pictures_of_their_own(
         first['start']['backbone.stages.0.0.dwconv.weight'],
         first['end']['backbone.stages.0.0.dwconv.weight'],
     )
-    # Two processes with batches of 1, and the rate is for 4.
+    # Two batches of one in each of two processes, and the rate is for 8.
     [group] = load(tmp_path / 'epoch_1.pth')['optimizer']['param_groups']
     assert group['lr'] == pytest.approx(1e-3 / 2)
 
@@ -114,6 +118,19 @@ def test_resume_from_nowhere(
 def test_auto_scale_lr_without_a_base_batch_size(run_here: RunHere) -> None:
     with pytest.raises(SystemExit, match='needs auto_scale_lr'):
         run_here('train.py', 'seg.py', '--auto-scale-lr')
+
+
+@pytest.mark.parametrize(
+    ('scope', 'dtype'), [('mmcnv2', 'bfloat16'), ('mmdet', None)], ids=str
+)
+def test_amp(scope: str, dtype: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr('mmengine.device.get_device', lambda: 'cuda')
+    wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.1))
+    cfg = Config(dict(default_scope=scope, optim_wrapper=wrapper))
+    runpy.run_path(str(ROOT / 'tools' / 'train.py'))['enable_amp'](cfg)
+    assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
+    assert cfg.optim_wrapper.loss_scale == 'dynamic'
+    assert cfg.optim_wrapper.get('dtype') == dtype
 
 
 @needs_cpu

@@ -10,8 +10,6 @@ model = dict(
     backbone=dict(
         type='ConvNeXtV2',
         arch='tiny',
-        out_indices=(-1,),
-        output_norm=False,
         init_cfg=init_cfg,
     ),
     neck=dict(

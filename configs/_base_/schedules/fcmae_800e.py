@@ -24,13 +24,12 @@ param_scheduler = [
 # 1.5e-4 for each 256 pictures of a step. A decay_rate of 1 keeps one learning rate; the
 # constructor spares biases, norms and GRN from weight decay.
 optim_wrapper = dict(
-    type='AmpOptimWrapper',
+    type='OptimWrapper',
     accumulative_counts=8,
     constructor='LayerDecayOptimWrapperConstructor',
     paramwise_cfg=dict(decay_rate=1.0),
     optimizer=dict(type='AdamW', lr=2.4e-3, betas=(0.9, 0.95), weight_decay=0.05),
 )
 
-# Of one pass, 8 GPUs with 64 pictures: MMEngine does not count accumulation, so where
-# accumulative_counts changes, lr has to change with it by hand.
-auto_scale_lr = dict(enable=False, base_batch_size=512)
+# Of one step: 8 batches on each of 8 GPUs.
+auto_scale_lr = dict(enable=False, base_batch_size=4096)

@@ -24,7 +24,9 @@ def import_minkowski_engine() -> ModuleType:
         ImportError: If it is not installed; the message says how to.
     """
     # MinkowskiEngine 0.5.4 looks for Sequence where Python 3.10 no longer has it.
-    collections.Sequence = collections.abc.Sequence
+    absent = not hasattr(collections, 'Sequence')
+    if absent:
+        collections.Sequence = collections.abc.Sequence
     try:
         import MinkowskiEngine
     except ImportError as error:
@@ -34,7 +36,8 @@ def import_minkowski_engine() -> ModuleType:
             "sparse='packed', which gives the same features and needs nothing more"
         ) from error
     finally:
-        del collections.Sequence
+        if absent:
+            del collections.Sequence
     return MinkowskiEngine
 
 
@@ -51,12 +54,18 @@ class MinkowskiLayout(PackedLayout):
 
     Raises:
         ImportError: If MinkowskiEngine is not installed.
+        RuntimeError: If it cannot run where the mask is.
         ValueError: If pictures differ in their number of visible patches.
     """
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__(mask)
         self.engine = import_minkowski_engine()
+        if mask.is_cuda and not self.engine.is_cuda_available():
+            raise RuntimeError(
+                'MinkowskiEngine was built for the CPU alone, but the pictures are on '
+                f"{mask.device}; take sparse='packed' there"
+            )
         device = 'CUDA' if mask.is_cuda else 'CPU'
         self.manager = self.engine.CoordinateManager(
             D=2, coordinate_map_type=getattr(self.engine.CoordinateMapType, device)
