@@ -107,6 +107,24 @@ def test_two_processes_pretrain_on_masks_and_pictures_of_their_own(
     assert group['lr'] == pytest.approx(1e-3 / 2)
 
 
+def test_two_processes_train_the_demo(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv('PORT', '29537')
+    options = [f'train_dataloader.dataset.data_root={tmp_path}/scenes']
+    options += [f'val_dataloader.dataset.data_root={tmp_path}/scenes']
+    for split, count in (('train', 4), ('val', 1), ('unlabelled', 0)):
+        for loader in ('train', 'val'):
+            options += [f'{loader}_dataloader.dataset.counts.{split}={count}']
+    options += ['train_dataloader.batch_size=2', 'train_cfg.max_iters=2']
+    demo = ROOT / 'configs' / 'demo' / 'upernet_convnextv2-atto_demo.py'
+    arguments = ['--work-dir', tmp_path / 'run', '--cfg-options', *options]
+    run('dist_train.sh', demo, 2, *arguments)
+    checkpoint = load(tmp_path / 'run' / 'iter_2.pth')
+    assert checkpoint['meta']['iter'] == 2
+    assert np.isfinite(losses(checkpoint)).all()
+
+
 def test_resume_from_nowhere(
     run_here: RunHere, capsys: pytest.CaptureFixture[str]
 ) -> None:
