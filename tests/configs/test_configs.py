@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from mmengine.config import Config
+from mmengine.dataset import Compose
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
@@ -40,6 +41,16 @@ def test_trains_and_predicts(recipe, tmp_path, scenes, ade):
     # The validation after training has predicted, and left its scores.
     scores = [k for k in runner.message_hub.log_scalars if k.startswith('val/')]
     assert {'val/coco/segm_mAP', 'val/mIoU', 'val/fcmae/psnr'} & set(scores)
+
+
+@pytest.mark.parametrize('recipe', [each for each in RECIPES if 'upernet' in each])
+def test_test_time_augmentation_is_built(recipe, tmp_path):
+    """Inherited too, where MMEngine would look for each transform in our scope."""
+    path = tmp_path / 'config.py'
+    path.write_text(f"_base_ = 'mmcnv2::{recipe}'\n")
+    cfg = Config.fromfile(path)
+    init_default_scope(cfg.default_scope)
+    assert len(Compose(cfg.tta_pipeline).transforms) == 2
 
 
 def recipe(name: str) -> Config:

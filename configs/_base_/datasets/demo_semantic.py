@@ -21,6 +21,7 @@ tta_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(
         type='TestTimeAug',
+        _scope_='mmseg',
         transforms=[
             [dict(type='Resize', scale=(side, side)) for side in (160, 192, 224)],
             [
