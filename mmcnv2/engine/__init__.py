@@ -2,6 +2,12 @@
 
 from . import checkpoint
 from .broken_images import BrokenImagesHook
+from .feature_diversity import FeatureDiversityHook
 from .layer_decay import LayerDecayOptimWrapperConstructor
 
-__all__ = ['BrokenImagesHook', 'LayerDecayOptimWrapperConstructor', 'checkpoint']
+__all__ = [
+    'BrokenImagesHook',
+    'FeatureDiversityHook',
+    'LayerDecayOptimWrapperConstructor',
+    'checkpoint',
+]

@@ -140,22 +140,7 @@ class FCMAE(BaseModel):
             ValueError: If all patches would be hidden, or all visible, or if sides are
                 no multiples of 32.
         """
-        check_masked_size(inputs)
-        n, _, height, width = inputs.shape
-        h, w = height // STRIDE, width // STRIDE
-        # As the paper's code rounds; the tiny number mends 10 * (1 - 0.9) < 1.
-        visible = int(h * w * (1 - self.mask_ratio) + 1e-6)
-        if not 0 < visible < h * w:
-            raise ValueError(
-                f'a mask_ratio of {self.mask_ratio} leaves {visible} of the {h * w} '
-                f'patches of {height} x {width} pixels visible; take larger pictures '
-                'or another ratio, so that some are visible and some hidden'
-            )
-        device = inputs.device if generator is None else generator.device
-        order = torch.rand(n, h * w, device=device, generator=generator).argsort(1)
-        mask = torch.ones_like(order, dtype=torch.bool)
-        mask.scatter_(1, order[:, :visible], False)
-        return mask.view(n, h, w).to(inputs.device)
+        return draw_mask(inputs, self.mask_ratio, generator)
 
     def predict(
         self,
@@ -327,6 +312,41 @@ class FCMAEInit:
                 continue
             downsamples = isinstance(layer, nn.Conv2d) and layer.kernel_size == (2, 2)
             trunc_normal_init(layer, std=0.02 if downsamples else 1.0)
+
+
+def draw_mask(
+    pictures: Tensor, mask_ratio: float, generator: torch.Generator | None = None
+) -> Tensor:
+    """Hide a share of the patches of each picture at random.
+
+    Args:
+        pictures (Tensor): ``(N, C, H, W)``.
+        mask_ratio (float): The share, in (0, 1).
+        generator (torch.Generator, optional): Defaults to torch's own.
+
+    Returns:
+        Tensor: ``(N, H / 32, W / 32)``, bool, True where a patch is hidden.
+
+    Raises:
+        ValueError: If all patches would be hidden, or all visible, or if sides are no
+            multiples of 32.
+    """
+    check_masked_size(pictures)
+    n, _, height, width = pictures.shape
+    h, w = height // STRIDE, width // STRIDE
+    # As the paper's code rounds; the tiny number mends 10 * (1 - 0.9) < 1.
+    visible = int(h * w * (1 - mask_ratio) + 1e-6)
+    if not 0 < visible < h * w:
+        raise ValueError(
+            f'a mask_ratio of {mask_ratio} leaves {visible} of the {h * w} '
+            f'patches of {height} x {width} pixels visible; take larger pictures '
+            'or another ratio, so that some are visible and some hidden'
+        )
+    device = pictures.device if generator is None else generator.device
+    order = torch.rand(n, h * w, device=device, generator=generator).argsort(1)
+    mask = torch.ones_like(order, dtype=torch.bool)
+    mask.scatter_(1, order[:, :visible], False)
+    return mask.view(n, h, w).to(pictures.device)
 
 
 def patchify(pictures: Tensor) -> Tensor:
