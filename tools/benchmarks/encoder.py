@@ -18,7 +18,8 @@ from mmengine.device import get_device
 from torch import Tensor
 
 from mmcnv2.models import ARCHITECTURES, ConvNeXtV2
-from mmcnv2.models.convnextv2 import SPARSE_LAYOUTS, STRIDE
+from mmcnv2.models.convnextv2 import SPARSE_LAYOUTS
+from mmcnv2.models.fcmae import draw_mask
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,12 +40,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--device', default=get_device())
     parser.add_argument('--json', help='file for the figures')
     return parser.parse_args()
-
-
-def random_mask(n: int, side: int, ratio: float) -> Tensor:
-    visible = int(side * side * (1 - ratio) + 1e-6)
-    order = torch.rand(n, side * side).argsort(1)
-    return (order >= visible).view(n, side, side)
 
 
 class Contender:
@@ -107,9 +102,9 @@ def make_contenders(args: argparse.Namespace) -> dict[tuple[str, float], Contend
 
     contenders = {('dense', 0.0): contender(None)}
     for ratio in args.mask_ratios:
-        mask = random_mask(args.batch_size, args.size // STRIDE, ratio)
+        mask = draw_mask(image, ratio)
         for sparse in args.sparse:
-            contenders[sparse, ratio] = contender(mask.to(args.device), sparse=sparse)
+            contenders[sparse, ratio] = contender(mask, sparse=sparse)
     return contenders
 
 
