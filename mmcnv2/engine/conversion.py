@@ -1,0 +1,522 @@
+"""ConvNeXt V2 checkpoints of other libraries, converted from and to ours.
+
+Libraries store the same parameters by names and shapes of their own, and each of
+:data:`FORMATS` says how one of them does. All but 'official-sparse' are written too,
+and tensors keep every bit.
+
+The official code, timm and transformers' classifier have one norm, after the last stage
+and the pooling. It is ``norm3`` here, as in mmpretrain, so that a classifier keeps it
+in any format; ours computes ``norm3`` at every position, before any pooling. The norms
+after the other stages, which detectors and segmentors train, have a place in ours,
+mmpretrain and 'transformers-backbone'. FCMAE's decoder has one in ours alone, of those
+that are written.
+"""
+
+import itertools
+import os
+import re
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from ..models.convnextv2 import ARCHITECTURES, NUM_STAGES, ConvNeXtV2
+from ..models.fcmae import FCMAEDecoder
+from .checkpoint import load_from_local
+
+Weights = dict[str, Tensor]
+
+SUFFIXES = ('.pth', '.pt', '.bin', '.safetensors')
+
+_DECODER = 'neck.'
+_NORMS_BETWEEN = ('backbone.norm0.', 'backbone.norm1.', 'backbone.norm2.')
+_FIRST = 'backbone.stages.0.0.dwconv.weight'
+_STEM = 'backbone.downsample_layers.0.0.weight'
+
+
+@dataclass(frozen=True)
+class CheckpointFormat:
+    """How a library stores ConvNeXt V2.
+
+    Attributes:
+        rules: Patterns and replacements, which make our names theirs, one after the
+            other.
+        no_place: How those of our names begin that have no place in it.
+        prefix: How the names of the backbone begin, if other modules may be beside it.
+        holder: The key of the weights in a ``.pth`` file; None if the file holds
+            nothing but the weights.
+        flat_grn: Whether GRN's parameters are vectors, and not ``(1, 1, 1, C)``.
+        conv_sizes: The sizes whose pointwise layers are 1x1 convolutions, and not
+            linear.
+    """
+
+    rules: tuple[tuple[str, str], ...] = ()
+    no_place: tuple[str, ...] = ()
+    prefix: str = ''
+    holder: str | None = None
+    flat_grn: bool = False
+    conv_sizes: tuple[str, ...] = ()
+
+    def name(self, ours: str) -> str | None:
+        """Return their name of a parameter, or None if there is no place for it."""
+        if ours.startswith(self.no_place):
+            return None
+        for pattern, replacement in self.rules:
+            ours = re.sub(pattern, replacement, ours)
+        return ours
+
+    def reshape(self, value: Tensor, ours: str, size: str) -> Tensor:
+        """Bring a parameter, by our name, into their shape."""
+        if self.flat_grn and '.grn.' in ours:
+            return value.flatten()
+        if size in self.conv_sizes and re.search(r'pwconv\d\.weight', ours):
+            return value[..., None, None]
+        return value
+
+
+_TRANSFORMERS_RULES = (
+    (r'downsample_layers\.0\.0', 'embeddings.patch_embeddings'),
+    (r'downsample_layers\.0\.1', 'embeddings.layernorm'),
+    (r'downsample_layers\.(\d)', r'encoder.stages.\1.downsampling_layer'),
+    (r'stages\.(\d)\.(\d+)\.', r'encoder.stages.\1.layers.\2.'),
+    (r'(layers\.\d+)\.norm', r'\1.layernorm'),
+    (r'grn\.gamma', 'grn.weight'),
+    (r'grn\.beta', 'grn.bias'),
+)
+
+FORMATS: dict[str, CheckpointFormat] = {
+    # facebookresearch/ConvNeXt-V2: models/convnextv2.py.
+    'official': CheckpointFormat(
+        rules=(
+            (r'^backbone\.norm3', 'norm'),
+            (r'^backbone\.', ''),
+            (r'^head\.fc', 'head'),
+        ),
+        no_place=(*_NORMS_BETWEEN, _DECODER),
+        holder='model',
+    ),
+    # models/fcmae.py there, with MinkowskiEngine's modules in the encoder.
+    'official-sparse': CheckpointFormat(
+        rules=(
+            (r'^backbone\.', 'encoder.'),
+            (r'^neck\.', ''),
+            (r'^(encoder\..*\.dwconv)\.weight', r'\1.kernel'),
+            (r'^(encoder\..*\.norm)\.', r'\1.ln.'),
+            (r'^(encoder\..*\.pwconv\d)\.', r'\1.linear.'),
+            (r'^(encoder\.downsample_layers\.[1-3]\.0)\.', r'\1.ln.'),
+            (r'^(encoder\.downsample_layers\.[1-3]\.1)\.weight', r'\1.kernel'),
+        ),
+        no_place=('backbone.norm', 'head.'),
+    ),
+    'timm': CheckpointFormat(
+        rules=(
+            (r'^backbone\.norm3', 'head.norm'),
+            (r'^backbone\.downsample_layers\.0', 'stem'),
+            (r'^backbone\.downsample_layers\.(\d)', r'stages.\1.downsample'),
+            (r'^backbone\.stages\.(\d)\.(\d+)\.', r'stages.\1.blocks.\2.'),
+            (r'dwconv', 'conv_dw'),
+            (r'pwconv', 'mlp.fc'),
+            (r'grn\.gamma', 'mlp.grn.weight'),
+            (r'grn\.beta', 'mlp.grn.bias'),
+        ),
+        no_place=(*_NORMS_BETWEEN, _DECODER),
+        flat_grn=True,
+        conv_sizes=('atto', 'femto', 'pico', 'nano'),
+    ),
+    # ConvNextV2ForImageClassification.
+    'transformers': CheckpointFormat(
+        rules=(
+            *_TRANSFORMERS_RULES,
+            (r'^backbone\.norm3', 'convnextv2.layernorm'),
+            (r'^backbone\.', 'convnextv2.'),
+            (r'^head\.fc', 'classifier'),
+        ),
+        no_place=(*_NORMS_BETWEEN, _DECODER),
+    ),
+    # ConvNextV2Backbone, which counts its stages from one.
+    'transformers-backbone': CheckpointFormat(
+        rules=(
+            *_TRANSFORMERS_RULES,
+            *(
+                (rf'^backbone\.norm{i}', f'hidden_states_norms.stage{i + 1}')
+                for i in range(NUM_STAGES)
+            ),
+            (r'^backbone\.', ''),
+        ),
+        no_place=('head.', _DECODER),
+    ),
+    'mmpretrain': CheckpointFormat(
+        rules=(('dwconv', 'depthwise_conv'), ('pwconv', 'pointwise_conv')),
+        no_place=(_DECODER,),
+        prefix='backbone.',
+        holder='state_dict',
+        flat_grn=True,
+    ),
+    'ours': CheckpointFormat(prefix='backbone.', holder='state_dict'),
+}
+
+# Ours pre-trains on visible patches with the dense weights, so nothing becomes sparse.
+TARGETS = tuple(name for name in FORMATS if name != 'official-sparse')
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Converted weights, and what became of them.
+
+    Attributes:
+        weights: By the names of the target format.
+        source: The source format.
+        target: The target format.
+        size: A key of :data:`ARCHITECTURES`, or depths and dims.
+        left_out: Names in the source of what has no place in the target.
+    """
+
+    weights: Weights
+    source: str
+    target: str
+    size: str
+    left_out: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """Tell all of it in a line."""
+        modules = Counter(map(_module, self.left_out))
+        counts = [f'{module} ({n})' for module, n in modules.items()]
+        return (
+            f'{self.source} -> {self.target}: {self.size}, {len(self.weights)} tensors '
+            f'converted, left out: {", ".join(counts) or "nothing"}'
+        )
+
+
+def convert_checkpoint(
+    source: str | Path, target: str | Path, to: str, source_format: str | None = None
+) -> Conversion:
+    """Convert a file.
+
+    Args:
+        source: Path of the checkpoint. Nothing in it is run.
+        target: Path of the new file, whose name ends in one of :data:`SUFFIXES`. It is
+            there as a whole or not at all, and replaces what was there.
+        to: Format of the new file, one of :data:`TARGETS`.
+        source_format: A key of :data:`FORMATS`. Defaults to what the names say.
+
+    Returns:
+        What was done.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ImportError: A file is to be of safetensors, which is not installed.
+        RuntimeError: The file is no checkpoint, or loading it could run code.
+        ValueError: It holds no ConvNeXt V2, or an argument is none of the above.
+    """
+    source, target = Path(source).expanduser(), Path(target).expanduser()
+    if target.suffix not in SUFFIXES:
+        raise ValueError(
+            f'the name of {target} ends in none of {", ".join(SUFFIXES)}; give it an '
+            'ending that says what kind of file to write'
+        )
+    try:
+        conversion = convert_weights(load_weights(source), to, source_format)
+    except ValueError as error:
+        raise ValueError(f'Cannot convert {source}: {error}') from None
+    save_weights(conversion.weights, target, FORMATS[to].holder)
+    return conversion
+
+
+def convert_weights(
+    weights: Mapping[str, Tensor], to: str, source_format: str | None = None
+) -> Conversion:
+    """Convert weights.
+
+    Args:
+        weights: All that a checkpoint holds, by name.
+        to: One of :data:`TARGETS`.
+        source_format: A key of :data:`FORMATS`. Defaults to what the names say.
+
+    Returns:
+        The weights, and what became of them.
+
+    Raises:
+        ValueError: They are no ConvNeXt V2, or not of that format, or a format is
+            unknown.
+    """
+    _check_known(to, TARGETS)
+    source = find_format(weights) if source_format is None else source_format
+    _check_known(source, tuple(FORMATS))
+    if FORMATS[source].name(_FIRST) not in weights:
+        raise ValueError(
+            f"it is not in the format '{source}', which has a tensor "
+            f"'{FORMATS[source].name(_FIRST)}'; by its names it is in the format "
+            f"'{find_format(weights)}'"
+        )
+    looked_up = _Source(weights, source)
+    model = _empty_model(looked_up)
+    shapes = {name: param.shape for name, param in model.named_parameters()}
+    size = _size(model['backbone'])
+    converted, used = {}, set()
+    for ours, name in _match(looked_up, shapes).items():
+        value = _reshape(weights[name], shapes[ours], name)
+        target = FORMATS[to].name(ours)
+        if target is not None:
+            converted[target] = FORMATS[to].reshape(value, ours, size)
+            used.add(name)
+    left_out = tuple(name for name in weights if name not in used)
+    return Conversion(converted, source, to, size, left_out)
+
+
+def find_format(weights: Mapping[str, Tensor]) -> str:
+    """Tell by the names what format weights are in.
+
+    Args:
+        weights: All that a checkpoint holds, by name.
+
+    Returns:
+        A key of :data:`FORMATS`.
+
+    Raises:
+        ValueError: They are in none of them.
+    """
+    for key, form in FORMATS.items():
+        if form.name(_FIRST) in weights:
+            return key
+    firsts = [f'  {form.name(_FIRST)} ({key})' for key, form in FORMATS.items()]
+    modules = list({name.split('.')[0]: None for name in weights})
+    raise ValueError(
+        f'it is no ConvNeXt V2 in any known format. It holds {len(weights)} tensors in '
+        f"{_some(modules)}, such as '{next(iter(weights), None)}'; expected was one of"
+        '\n' + '\n'.join(firsts)
+    )
+
+
+def load_weights(path: str | Path) -> Weights:
+    """Load the weights of a checkpoint safely.
+
+    Args:
+        path: Of a ``.safetensors`` file, or of one that torch saved: the weights alone,
+            or with others as 'state_dict' or 'model'.
+
+    Returns:
+        The weights by name, on the CPU.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ImportError: It is of safetensors, which is not installed.
+        RuntimeError: It is no checkpoint, or loading it could run code.
+        ValueError: It holds no weights.
+    """
+    path = Path(path).expanduser()
+    if path.suffix == '.safetensors':
+        return _load_safetensors(path)
+    # The official training code stores its arguments, and they run nothing.
+    with torch.serialization.safe_globals([Namespace]):
+        checkpoint = load_from_local(str(path), 'cpu')
+    weights = checkpoint
+    if isinstance(checkpoint, dict):
+        weights = checkpoint.get('state_dict', checkpoint)
+    if not isinstance(weights, dict):
+        raise ValueError(f'it holds a {type(weights).__name__}, but no dict of tensors')
+    others = [str(k) for k, v in weights.items() if not isinstance(v, Tensor)]
+    if others or not weights:
+        raise ValueError(
+            "it holds no weights; expected were tensors by name, alone or as 'model' "
+            f"or 'state_dict', but got {', '.join(others[:8]) or 'nothing'}"
+        )
+    return weights
+
+
+def save_weights(weights: Weights, path: str | Path, holder: str | None = None) -> None:
+    """Write a file as a whole, or not at all.
+
+    Args:
+        weights: The weights by name.
+        path: Of the file. What ends in ``.safetensors`` is written so, anything else by
+            torch.
+        holder: The key of the weights in a file of torch. Defaults to none, and then
+            the file holds nothing else.
+
+    Raises:
+        ImportError: It is to be of safetensors, which is not installed.
+    """
+    path = Path(path).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A name that no other process takes, and a replacement within one file system.
+    unfinished = path.with_name(f'.{path.name}.{os.getpid()}.unfinished')
+    weights = {name: value.contiguous() for name, value in weights.items()}
+    try:
+        if path.suffix == '.safetensors':
+            # transformers refuses files that do not say this.
+            _safetensors().torch.save_file(
+                weights, unfinished, metadata={'format': 'pt'}
+            )
+        else:
+            torch.save({holder: weights} if holder else weights, unfinished)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _safetensors() -> ModuleType:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            f'.safetensors files need the package safetensors, but: {error}. Install '
+            'it by `pip install safetensors`, or take a .pth file'
+        ) from error
+    return safetensors
+
+
+def _load_safetensors(path: Path) -> Weights:
+    package = _safetensors()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f'There is no checkpoint file {path} (working folder: {Path.cwd()}).'
+        )
+    try:
+        return package.torch.load_file(path)
+    except package.SafetensorError as error:
+        raise RuntimeError(
+            f'Cannot read {path} ({path.stat().st_size} bytes) as a .safetensors file: '
+            f'it is truncated or was never one. Copy or download it again. ({error})'
+        ) from None
+
+
+def _check_known(name: str, known: Sequence[str]) -> None:
+    if name not in known:
+        raise ValueError(f"unknown format '{name}'; give one of {', '.join(known)}")
+
+
+class _Source:
+    """Weights in a format, looked up by our names."""
+
+    def __init__(self, weights: Mapping[str, Tensor], key: str) -> None:
+        self.weights = weights
+        self.key = key
+        self.format = FORMATS[key]
+
+    def __contains__(self, ours: str) -> bool:
+        return self.format.name(ours) in self.weights
+
+    def __getitem__(self, ours: str) -> Tensor:
+        if ours not in self:
+            raise self.incomplete([str(self.format.name(ours))])
+        return self.weights[str(self.format.name(ours))]
+
+    def count(self, pattern: str) -> int:
+        """Count the blocks whose names a number completes."""
+        return next(i for i in itertools.count() if pattern.format(i) not in self)
+
+    def incomplete(self, missing: Sequence[str]) -> ValueError:
+        """Return the error that tells what is missing."""
+        if not any('grn' in name for name in self.weights):
+            return ValueError(
+                'it seems to be a ConvNeXt of the first version, which has no GRN; '
+                f'expected was a ConvNeXt V2, with {_some(missing)}'
+            )
+        return ValueError(
+            f"it is in the format '{self.key}' by its names, but without "
+            f'{_some(missing)}; a whole ConvNeXt V2 is expected'
+        )
+
+
+def _empty_model(source: _Source) -> nn.ModuleDict:
+    """Build, without memory, what the weights are of; its names are ours."""
+    stages = range(NUM_STAGES)
+    depths = [source.count(f'backbone.stages.{i}.{{}}.dwconv.weight') for i in stages]
+    if 0 in depths:
+        raise ValueError(
+            f'its stages have {depths} blocks; a whole ConvNeXt V2 is expected, with '
+            f'some in each of {NUM_STAGES} stages'
+        )
+    dims = [source[f'backbone.stages.{i}.0.dwconv.bias'].numel() for i in stages]
+    stem = source[_STEM]
+    channels = stem.shape[1] if stem.dim() == 4 else 3
+    with torch.device('meta'):
+        backbone = ConvNeXtV2(dict(depths=depths, dims=dims), channels)
+        model = nn.ModuleDict(dict(backbone=backbone))
+        if 'head.fc.bias' in source:
+            classifier = nn.Linear(dims[-1], source['head.fc.bias'].numel())
+            model['head'] = nn.ModuleDict(dict(fc=classifier))
+        if 'neck.mask_token' in source:
+            width = source['neck.mask_token'].numel()
+            depth = source.count('neck.decoder.{}.dwconv.weight')
+            model['neck'] = FCMAEDecoder(dims[-1], channels, width, depth)
+    return model
+
+
+def _match(source: _Source, ours: Iterable[str]) -> dict[str, str]:
+    """Return which of their names belongs to which of ours."""
+    every = {name: source.format.name(name) for name in ours}
+    names = {
+        name: theirs
+        for name, theirs in every.items()
+        if theirs is not None and theirs in source.weights
+    }
+    # Only detectors have norms between the stages, and FCMAE has none at all.
+    missing = [
+        str(theirs)
+        for name, theirs in every.items()
+        if name not in names and not name.startswith('backbone.norm')
+    ]
+    if missing:
+        raise source.incomplete(missing)
+    known = set(names.values())
+    inside = (n for n in source.weights if n.startswith(source.format.prefix))
+    unknown = [name for name in inside if name not in known]
+    if unknown:
+        raise ValueError(
+            f"it is in the format '{source.key}' by its names, but no ConvNeXt V2 has "
+            f'{_some(unknown)}; a file of a ConvNeXt V2 and nothing else is expected'
+        )
+    return names
+
+
+def _reshape(value: Tensor, shape: torch.Size, name: str) -> Tensor:
+    """Bring a tensor into our shape, if it differs in nothing but the way of writing.
+
+    GRN's parameters are vectors in some formats, MinkowskiEngine's biases ``(1, C)``,
+    and pointwise layers may be 1x1 convolutions.
+    """
+    dense = _dense_kernel(value, shape) if name.endswith('.kernel') else value
+    if [n for n in dense.shape if n != 1] != [n for n in shape if n != 1]:
+        raise ValueError(
+            f"'{name}' has the shape {tuple(value.shape)}, but depths and dims, as the "
+            f'first blocks of the stages give them, need {tuple(shape)}; its tensors '
+            'are not of one ConvNeXt V2'
+        )
+    return dense.reshape(shape)
+
+
+def _dense_kernel(kernel: Tensor, shape: torch.Size) -> Tensor:
+    """Make MinkowskiEngine's kernel a weight; its rows vary faster than its columns.
+
+    It is ``(k * k, in, out)``, or ``(k * k, C)`` if it is depthwise.
+    """
+    side = shape[-1]
+    if kernel.dim() not in (2, 3) or len(kernel) != side**2:
+        return kernel
+    if kernel.dim() == 2:
+        kernel = kernel[:, None]
+    return kernel.unflatten(0, (side, side)).permute(3, 2, 1, 0)
+
+
+def _some(names: Sequence[str]) -> str:
+    """Name a few, and say how many there are."""
+    more = f' and {len(names) - 3} more' if len(names) > 3 else ''
+    return ', '.join(f"'{name}'" for name in names[:3]) + more
+
+
+def _module(name: str) -> str:
+    """Return what a parameter is part of; the backbone is large enough to tell more."""
+    return '.'.join(name.split('.')[: 2 if name.startswith('backbone.') else 1])
+
+
+def _size(backbone: nn.Module) -> str:
+    for name, arch in ARCHITECTURES.items():
+        if (arch['depths'], arch['dims']) == (backbone.depths, backbone.dims):
+            return name
+    return f'depths {backbone.depths} and dims {backbone.dims}'
