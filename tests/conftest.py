@@ -1,9 +1,15 @@
-"""What keeps the tests independent of each other."""
+"""What tests of several folders need, and what keeps them independent."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 from mmengine.registry import DefaultScope
+
+needs_minkowski = pytest.mark.skipif(
+    find_spec('MinkowskiEngine') is None,
+    reason='MinkowskiEngine is not installed: bash tools/install_minkowski.sh',
+)
 
 
 @pytest.fixture(autouse=True)

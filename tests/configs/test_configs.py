@@ -1,6 +1,5 @@
 """Every config is built, trains a step and predicts, on pictures of 128 pixels."""
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from mmengine.runner import Runner
 from mmcnv2.models import ARCHITECTURES
 from mmcnv2.registry import MODELS
 
+from ..conftest import needs_minkowski
 from .conftest import CONFIGS, small
 
 RECIPES = sorted(
@@ -161,10 +161,7 @@ def test_fcmae_accumulates_gradients(tmp_path, scenes, ade):
     torch.testing.assert_close(*ends)
 
 
-@pytest.mark.skipif(
-    find_spec('MinkowskiEngine') is None,
-    reason='MinkowskiEngine is not installed: bash tools/install_minkowski.sh',
-)
+@needs_minkowski
 def test_minkowski_trains_as_packed_does(tmp_path, scenes, ade):
     ends = []
     for sparse in ('packed', 'minkowski'):

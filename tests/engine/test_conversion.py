@@ -25,6 +25,8 @@ from mmcnv2.models import ARCHITECTURES, ConvNeXtV2
 from mmcnv2.models.fcmae import FCMAEDecoder
 from mmcnv2.models.layouts import import_minkowski_engine
 
+from ..conftest import needs_minkowski
+
 try:
     engine = import_minkowski_engine()
 except ImportError:
@@ -372,7 +374,7 @@ class SparseEncoder(nn.Module):
         return dense[0][:, ~mask[0]]
 
 
-@pytest.mark.skipif(engine is None, reason='MinkowskiEngine is not installed')
+@needs_minkowski
 def test_sparse_checkpoints_of_minkowski_engine():
     """Its modules name and shape the weights, and compute the features."""
     torch.manual_seed(0)

@@ -1,13 +1,13 @@
 """Running on visible patches equals running on everything and masking every step."""
 
 import sys
-from importlib.util import find_spec
 
 import pytest
 import torch
 
 from mmcnv2.models import ConvNeXtV2
 
+from ..conftest import needs_minkowski
 from .masked_reference import masked_encoder, visible_tokens
 
 CUSTOM = dict(depths=(1, 2, 1, 2), dims=(6, 10, 14, 22))
@@ -16,10 +16,6 @@ TOLERANCE = {
     torch.float64: dict(rtol=1e-9, atol=1e-10),
 }
 
-needs_minkowski = pytest.mark.skipif(
-    find_spec('MinkowskiEngine') is None,
-    reason='MinkowskiEngine is not installed: bash tools/install_minkowski.sh',
-)
 SPARSE = ['packed', pytest.param('minkowski', marks=needs_minkowski)]
 
 
