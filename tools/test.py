@@ -83,6 +83,8 @@ def write_predictions(cfg: Config, out: str) -> None:
     evaluator = cfg.test_evaluator
     metrics = list(evaluator) if isinstance(evaluator, list | tuple) else [evaluator]
     if cfg.get('default_scope') == 'mmseg':
+        # MMSegmentation leaves it to the first process, which others may be ahead of.
+        Path(out).mkdir(parents=True, exist_ok=True)
         for metric in metrics:
             # MMSegmentation would delete the folder of a Cityscapes metric otherwise.
             metric.update(output_dir=out, keep_results=True)

@@ -141,7 +141,11 @@ def test_checkpointing_changes_nothing(sparse):
     for model in (plain, saving):
         model(image, mask)[-1].square().sum().backward()
     for a, b in zip(plain.parameters(), saving.parameters(), strict=True):
-        assert torch.equal(a.grad, b.grad)
+        # MinkowskiEngine's threads add up in any order.
+        exact = (
+            dict(rtol=0, atol=0) if sparse == 'packed' else dict(rtol=1e-4, atol=1e-3)
+        )
+        torch.testing.assert_close(b.grad, a.grad, **exact)
 
 
 def test_wrong_masks():
