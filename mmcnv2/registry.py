@@ -20,6 +20,9 @@ HOOKS = _child(roots.HOOKS, 'mmcnv2.engine', 'mmcnv2.visualization')
 METRICS = _child(roots.METRICS, 'mmcnv2.evaluation')
 INFERENCERS = _child(roots.INFERENCERS, 'mmcnv2.apis')
 OPTIM_WRAPPER_CONSTRUCTORS = _child(roots.OPTIM_WRAPPER_CONSTRUCTORS, 'mmcnv2.engine')
+WEIGHT_INITIALIZERS = _child(
+    roots.WEIGHT_INITIALIZERS, 'mmcnv2.engine', 'mmcnv2.models'
+)
 
 # Nothing of ours stands in these, but where ``default_scope`` is ``mmcnv2`` MMEngine
 # looks here first and would warn of each that it does not find.
@@ -36,4 +39,3 @@ RUNNERS = _child(roots.RUNNERS, 'mmcnv2.engine')
 STRATEGIES = _child(roots.STRATEGIES, 'mmcnv2.engine')
 VISBACKENDS = _child(roots.VISBACKENDS, 'mmcnv2.visualization')
 VISUALIZERS = _child(roots.VISUALIZERS, 'mmcnv2.visualization')
-WEIGHT_INITIALIZERS = _child(roots.WEIGHT_INITIALIZERS, 'mmcnv2.models')

@@ -4,10 +4,12 @@ from . import checkpoint
 from .broken_images import BrokenImagesHook
 from .feature_diversity import FeatureDiversityHook
 from .layer_decay import LayerDecayOptimWrapperConstructor
+from .pretrained import PretrainedBackbone
 
 __all__ = [
     'BrokenImagesHook',
     'FeatureDiversityHook',
     'LayerDecayOptimWrapperConstructor',
+    'PretrainedBackbone',
     'checkpoint',
 ]

@@ -9,7 +9,7 @@ by ones that always load safely and say in one message what is wrong with a file
 import re
 from pathlib import Path
 from pickle import UnpicklingError
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 from urllib.parse import urlparse
 
@@ -26,6 +26,7 @@ from mmengine.runner.checkpoint import (
     get_mmcls_models,
     get_torchvision_models,
 )
+from torch import Tensor
 
 # The methods that MMEngine pickles: a log buffer stores its statistics, a one-cycle
 # schedule its annealing function. Pickle writes each as ``getattr(class, name)``.
@@ -107,7 +108,8 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
     """Load a local checkpoint safely.
 
     Args:
-        filename: Path of the file; ``~`` is the home folder.
+        filename: Path of the file; ``~`` is the home folder. A name that ends in
+            ``.safetensors`` says what it is; any other file is torch's.
         map_location: As in :func:`torch.load`.
 
     Returns:
@@ -115,6 +117,7 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
 
     Raises:
         FileNotFoundError: There is no such file.
+        ImportError: It is of safetensors, which is not installed.
         RuntimeError: The file is not a checkpoint, is truncated, or holds something
             that is neither a tensor nor stored by MMEngine.
     """
@@ -123,6 +126,8 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
         raise FileNotFoundError(
             f'There is no checkpoint file {path} (working folder: {Path.cwd()}).'
         )
+    if path.suffix == '.safetensors':
+        return {'state_dict': _load_safetensors(path)}
     try:
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     # A broken file surfaces as any of a dozen exception types.
@@ -191,6 +196,33 @@ def load_from_model_zoo(filename: str, map_location: Any = None) -> Any:
         if key.startswith('backbone.')
     }
     return {'state_dict': backbone}
+
+
+def import_safetensors() -> ModuleType:
+    """Import safetensors.
+
+    Returns:
+        The package.
+
+    Raises:
+        ImportError: It is not installed; the message says how to.
+    """
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            f'.safetensors files need the package safetensors, but: {error}. Install '
+            'it by `pip install safetensors`, or take a .pth file'
+        ) from error
+    return safetensors
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    package = import_safetensors()
+    try:
+        return package.torch.load_file(path)
+    except package.SafetensorError as error:
+        raise _failure(path, error) from None
 
 
 def _download(url: str, path: Path) -> None:

@@ -20,14 +20,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from typing import cast
 
 import torch
+from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
-from ..models.convnextv2 import ARCHITECTURES, NUM_STAGES, ConvNeXtV2
+from ..models.convnextv2 import NUM_STAGES, ConvNeXtV2, describe_arch
 from ..models.fcmae import FCMAEDecoder
-from .checkpoint import load_from_local
+from .checkpoint import import_safetensors
 
 Weights = dict[str, Tensor]
 
@@ -198,7 +199,7 @@ def convert_checkpoint(
     """Convert a file.
 
     Args:
-        source: Path of the checkpoint. Nothing in it is run.
+        source: Path or URL of the checkpoint. Nothing in it is run.
         target: Path of the new file, whose name ends in one of :data:`SUFFIXES`. It is
             there as a whole or not at all, and replaces what was there.
         to: Format of the new file, one of :data:`TARGETS`.
@@ -213,7 +214,7 @@ def convert_checkpoint(
         RuntimeError: The file is no checkpoint, or loading it could run code.
         ValueError: It holds no ConvNeXt V2, or an argument is none of the above.
     """
-    source, target = Path(source).expanduser(), Path(target).expanduser()
+    target = Path(target).expanduser()
     if target.suffix not in SUFFIXES:
         raise ValueError(
             f'the name of {target} ends in none of {", ".join(SUFFIXES)}; give it an '
@@ -256,7 +257,8 @@ def convert_weights(
     looked_up = _Source(weights, source)
     model = _empty_model(looked_up)
     shapes = {name: param.shape for name, param in model.named_parameters()}
-    size = _size(model['backbone'])
+    backbone = cast(ConvNeXtV2, model['backbone'])
+    size = describe_arch(backbone.depths, backbone.dims)
     converted, used = {}, set()
     for ours, name in _match(looked_up, shapes).items():
         value = _reshape(weights[name], shapes[ours], name)
@@ -292,12 +294,12 @@ def find_format(weights: Mapping[str, Tensor]) -> str:
     )
 
 
-def load_weights(path: str | Path) -> Weights:
+def load_weights(source: str | Path) -> Weights:
     """Load the weights of a checkpoint safely.
 
     Args:
-        path: Of a ``.safetensors`` file, or of one that torch saved: the weights alone,
-            or with others as 'state_dict' or 'model'.
+        source: Path or URL of a ``.safetensors`` file, or of one that torch saved: the
+            weights alone, or with others as 'state_dict' or 'model'.
 
     Returns:
         The weights by name, on the CPU.
@@ -308,12 +310,9 @@ def load_weights(path: str | Path) -> Weights:
         RuntimeError: It is no checkpoint, or loading it could run code.
         ValueError: It holds no weights.
     """
-    path = Path(path).expanduser()
-    if path.suffix == '.safetensors':
-        return _load_safetensors(path)
     # The official training code stores its arguments, and they run nothing.
     with torch.serialization.safe_globals([Namespace]):
-        checkpoint = load_from_local(str(path), 'cpu')
+        checkpoint = CheckpointLoader.load_checkpoint(str(source), 'cpu', 'silent')
     weights = checkpoint
     if isinstance(checkpoint, dict):
         weights = checkpoint.get('state_dict', checkpoint)
@@ -349,7 +348,7 @@ def save_weights(weights: Weights, path: str | Path, holder: str | None = None) 
     try:
         if path.suffix == '.safetensors':
             # transformers refuses files that do not say this.
-            _safetensors().torch.save_file(
+            import_safetensors().torch.save_file(
                 weights, unfinished, metadata={'format': 'pt'}
             )
         else:
@@ -357,32 +356,6 @@ def save_weights(weights: Weights, path: str | Path, holder: str | None = None) 
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-def _safetensors() -> ModuleType:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(
-            f'.safetensors files need the package safetensors, but: {error}. Install '
-            'it by `pip install safetensors`, or take a .pth file'
-        ) from error
-    return safetensors
-
-
-def _load_safetensors(path: Path) -> Weights:
-    package = _safetensors()
-    if not path.is_file():
-        raise FileNotFoundError(
-            f'There is no checkpoint file {path} (working folder: {Path.cwd()}).'
-        )
-    try:
-        return package.torch.load_file(path)
-    except package.SafetensorError as error:
-        raise RuntimeError(
-            f'Cannot read {path} ({path.stat().st_size} bytes) as a .safetensors file: '
-            f'it is truncated or was never one. Copy or download it again. ({error})'
-        ) from None
 
 
 def _check_known(name: str, known: Sequence[str]) -> None:
@@ -513,10 +486,3 @@ def _some(names: Sequence[str]) -> str:
 def _module(name: str) -> str:
     """Return what a parameter is part of; the backbone is large enough to tell more."""
     return '.'.join(name.split('.')[: 2 if name.startswith('backbone.') else 1])
-
-
-def _size(backbone: nn.Module) -> str:
-    for name, arch in ARCHITECTURES.items():
-        if (arch['depths'], arch['dims']) == (backbone.depths, backbone.dims):
-            return name
-    return f'depths {backbone.depths} and dims {backbone.dims}'

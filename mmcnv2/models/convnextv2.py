@@ -1,10 +1,12 @@
 """ConvNeXt V2, the backbone: one set of weights, however it is run."""
 
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from mmengine.model import BaseModule
+from mmengine.model import BaseModule, PretrainedInit
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -65,8 +67,10 @@ class ConvNeXtV2(BaseModule):
             Defaults to 'packed'.
         with_cp (bool): Checkpoint the activations of each block: less memory, more
             time. Defaults to False.
-        init_cfg (dict | list[dict], optional): Initialisation, MMEngine's. Defaults to
-            the paper's: truncated normal weights (std 0.02) and zero biases.
+        init_cfg (dict | list[dict], optional): Initialisation, MMEngine's. Of type
+            'Pretrained', it loads checkpoints of other libraries too
+            (:class:`mmcnv2.engine.PretrainedBackbone`). Defaults to the paper's:
+            truncated normal weights (std 0.02) and zero biases.
 
     Raises:
         ValueError: If an argument is none of the above.
@@ -85,7 +89,7 @@ class ConvNeXtV2(BaseModule):
         with_cp: bool = False,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
-        super().__init__(INIT_CFG if init_cfg is None else init_cfg)
+        super().__init__(_resolve_init_cfg(init_cfg))
         self.depths, self.dims = _resolve_arch(arch)
         self.in_channels = in_channels
         self.out_indices = _resolve_out_indices(out_indices)
@@ -191,6 +195,34 @@ class ConvNeXtV2(BaseModule):
         for module in self._frozen_modules():
             module.requires_grad_(False)
 
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        """Load, by mmpretrain's names too, but nothing of another network."""
+        _rename_from_mmpretrain(state_dict, prefix)
+        self._check_weights(
+            {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
+        )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _check_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Refuse what MMEngine would only warn of, leaving weights at random."""
+        ours = {name: param.shape for name, param in self.named_parameters()}
+        common = [name for name in ours if name in weights]
+        differing = [name for name in common if weights[name].shape != ours[name]]
+        # Networks that were trained for other ends have no output norms.
+        missing = [n for n in ours if n not in weights and not n.startswith('norm')]
+        if not differing and not missing:
+            return
+        name = [*differing, *missing][0]
+        found = tuple(weights[name].shape) if name in weights else 'missing'
+        raise RuntimeError(
+            f'the backbone is a ConvNeXt V2 of {describe_arch(self.depths, self.dims)} '
+            f'for pictures of {self.in_channels} channels, but the checkpoint holds '
+            f"{_describe_weights(weights)} ('{name}' is {found}, and not "
+            f'{tuple(ours[name])}); take a checkpoint of this size, or set the '
+            "backbone's arch and in_channels to those of the checkpoint, or "
+            'adapt_stem=True in its init_cfg if nothing but the channels differ'
+        )
+
     def train(self, mode: bool = True) -> 'ConvNeXtV2':
         """Set training mode; what is frozen stays in evaluation mode."""
         super().train(mode)
@@ -258,6 +290,56 @@ def _resolve_arch(
                 f'got {numbers!r}'
             )
     return tuple(arch['depths']), tuple(arch['dims'])
+
+
+def describe_arch(depths: Sequence[int], dims: Sequence[int]) -> str:
+    """Name an architecture.
+
+    Args:
+        depths (Sequence[int]): Blocks of each stage.
+        dims (Sequence[int]): Channels of each stage.
+
+    Returns:
+        str: Its key in :data:`ARCHITECTURES`, or else depths and dims.
+    """
+    for name, arch in ARCHITECTURES.items():
+        if (arch['depths'], arch['dims']) == (tuple(depths), tuple(dims)):
+            return name
+    return f'depths {tuple(depths)} and dims {tuple(dims)}'
+
+
+def _describe_weights(weights: Mapping[str, Tensor]) -> str:
+    """Tell what weights by our names seem to be of."""
+    firsts = [f'stages.{i}.0.dwconv.bias' for i in range(NUM_STAGES)]
+    if not all(name in weights for name in firsts):
+        names = ', '.join(list(weights)[:3]) or 'none'
+        return f'no whole ConvNeXt V2 there: {len(weights)} tensors ({names})'
+    blocks = re.compile(r'stages\.(\d)\.\d+\.dwconv\.bias').fullmatch
+    stages = Counter(match[1] for match in map(blocks, weights) if match)
+    depths = [stages[str(i)] for i in range(NUM_STAGES)]
+    what = describe_arch(depths, [len(weights[name]) for name in firsts])
+    version = '' if any('grn' in name for name in weights) else ' without GRN (V1)'
+    return f'that of {what}{version}'
+
+
+def _rename_from_mmpretrain(weights: dict[str, Tensor], prefix: str) -> None:
+    """Give the parameters of mmpretrain's ConvNeXt our names and shapes, in place."""
+    for name in [name for name in weights if name.startswith(prefix)]:
+        ours = name.replace('.depthwise_conv.', '.dwconv.')
+        ours = ours.replace('.pointwise_conv', '.pwconv')
+        value = weights.pop(name)
+        flat = '.grn.' in name and value.dim() == 1
+        weights[ours] = value[None, None, None] if flat else value
+
+
+def _resolve_init_cfg(init_cfg: dict | list[dict] | None) -> list[dict]:
+    """Let ours load checkpoints, after all else has been initialised."""
+    if init_cfg is None:
+        return [INIT_CFG]
+    cfgs = [init_cfg] if isinstance(init_cfg, dict) else init_cfg
+    loaders = [c for c in cfgs if c['type'] in ('Pretrained', PretrainedInit)]
+    others = [c for c in cfgs if c not in loaders]
+    return [*others, *({**c, 'type': 'mmcnv2.PretrainedBackbone'} for c in loaders)]
 
 
 def _is_positive(number: Any) -> bool:

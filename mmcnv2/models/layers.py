@@ -9,13 +9,6 @@ from .layouts import Layout
 # How weights start, unless a config says otherwise; GRN starts as the identity.
 INIT_CFG = dict(type='TruncNormal', layer=['Conv2d', 'Linear'], std=0.02, bias=0.0)
 
-# What mmpretrain's ConvNeXt calls the layers of a block.
-_MMPRETRAIN_NAMES = {
-    'depthwise_conv': 'dwconv',
-    'pointwise_conv1': 'pwconv1',
-    'pointwise_conv2': 'pwconv2',
-}
-
 
 class _GRNFunction(torch.autograd.Function):
     """GRN with every sum over positions, forward and backward, in float32.
@@ -86,13 +79,6 @@ class GRN(nn.Module):
         gamma, beta = self.gamma.flatten(), self.beta.flatten()
         return _GRNFunction.apply(x, gamma, beta, self.eps)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        """Load, from mmpretrain's shape too."""
-        for name in (f'{prefix}gamma', f'{prefix}beta'):
-            if name in state_dict and state_dict[name].dim() == 1:
-                state_dict[name] = state_dict[name][None, None, None]
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
 
 class DropPath(nn.Module):
     """Stochastic depth: in training, drop a residual branch per picture.
@@ -150,12 +136,3 @@ class Block(nn.Module):
         y = self.act(self.pwconv1(y))
         y = self.pwconv2(self.grn(y))
         return x + self.drop_path(y)
-
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        """Load, by mmpretrain's names too."""
-        for theirs, ours in _MMPRETRAIN_NAMES.items():
-            for kind in ('weight', 'bias'):
-                name = f'{prefix}{theirs}.{kind}'
-                if name in state_dict:
-                    state_dict[f'{prefix}{ours}.{kind}'] = state_dict.pop(name)
-        super()._load_from_state_dict(state_dict, prefix, *args)

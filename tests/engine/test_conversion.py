@@ -435,16 +435,6 @@ def test_holders(target, key, tmp_path):
     assert_same(content, classifier(target))
 
 
-def test_converted_file_starts_a_backbone(tmp_path):
-    path = tmp_path / 'ours.pth'
-    torch.save(classifier('timm'), tmp_path / 'timm.pth')
-    convert_checkpoint(tmp_path / 'timm.pth', path, 'ours')
-    init_cfg = dict(type='Pretrained', checkpoint=str(path), prefix='backbone.')
-    model = ConvNeXtV2(CUSTOM, out_indices=(3,), init_cfg=init_cfg)
-    model.init_weights()
-    assert_same(model.state_dict(), backbone(out_indices=(3,)).state_dict())
-
-
 def test_official_training_checkpoints_hold_arguments(tmp_path):
     path = tmp_path / 'checkpoint-99.pth'
     ours, theirs = sparse()

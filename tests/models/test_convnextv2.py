@@ -2,6 +2,7 @@ import io
 
 import pytest
 import torch
+from mmengine.runner.checkpoint import load_state_dict
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import ConvNextV2Backbone, ConvNextV2Config
@@ -208,36 +209,61 @@ def test_initialisation():
             assert param.std().item() == pytest.approx(0.02, rel=0.1), name
 
 
-def test_loads_mmpretrain_checkpoints(tmp_path):
+def test_loads_by_the_names_of_mmpretrain():
+    """As part of a detector, say, whose other weights have the same names."""
     source = randomise(ConvNeXtV2(CUSTOM))
     weights = {}
     for ours, value in source.state_dict().items():
         name = ours.replace('dwconv', 'depthwise_conv')
         name = name.replace('pwconv', 'pointwise_conv')
-        weights[f'backbone.{name}'] = value.flatten() if 'grn' in name else value
-    path = tmp_path / 'mmpretrain.pth'
-    torch.save({'state_dict': weights}, path)
+        weights[f'0.{name}'] = value.flatten() if 'grn' in name else value
+    weights['1.weight'] = torch.ones(1, 1)
 
-    init_cfg = dict(type='Pretrained', checkpoint=str(path), prefix='backbone.')
-    model = ConvNeXtV2(CUSTOM, init_cfg=init_cfg)
-    model.init_weights()
+    model = nn.Sequential(ConvNeXtV2(CUSTOM), nn.Linear(1, 1, bias=False))
+    model.load_state_dict(weights)
     for name, value in source.state_dict().items():
-        assert torch.equal(model.state_dict()[name], value), name
+        assert torch.equal(model[0].state_dict()[name], value), name
 
 
-def test_loads_official_checkpoints(tmp_path):
-    """They hold the weights as 'model', with a norm and a head for classification."""
-    source = randomise(ConvNeXtV2(CUSTOM)).state_dict()
-    weights = {k: v for k, v in source.items() if not k.startswith('norm')}
-    more = {'norm.weight': torch.ones(22), 'head.weight': torch.ones(10, 22)}
-    path = tmp_path / 'official.pt'
-    torch.save({'model': {**weights, **more}}, path)
+@pytest.mark.parametrize(
+    ('other', 'message'),
+    [
+        (ConvNeXtV2('atto'), r'of depths \(.* and dims .*, but .* that of atto \('),
+        (
+            ConvNeXtV2(dict(CUSTOM, depths=(1, 1, 1, 1))),
+            r"that of depths \(1, 1, 1, 1\) and .* \('stages\..*' is missing, and not",
+        ),
+        (
+            ConvNeXtV2(CUSTOM, in_channels=4),
+            r"of 3 channels, .*\('downsample_layers\.0\.0\.weight' is \(6, 4, 4, 4\)",
+        ),
+        (nn.Linear(2, 2), r'no whole ConvNeXt V2 there: 2 tensors \(weight, bias\)'),
+        (nn.Module(), r'no whole ConvNeXt V2 there: 0 tensors \(none\)'),
+    ],
+    ids=['size', 'depths', 'channels', 'another', 'nothing'],
+)
+def test_weights_of_another_network_are_an_error(other, message):
+    """However it is loaded: MMEngine would only warn, and train from a random start."""
+    model = nn.ModuleDict(dict(backbone=ConvNeXtV2(CUSTOM)))
+    weights = {f'backbone.{k}': v for k, v in other.state_dict().items()}
+    weights['head.weight'] = torch.ones(1)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match=message):
+        load_state_dict(model, weights, strict=False)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
 
-    init_cfg = dict(type='Pretrained', checkpoint=str(path))
-    model = ConvNeXtV2(CUSTOM, init_cfg=init_cfg)
-    model.init_weights()
-    for name, value in weights.items():
-        assert torch.equal(model.state_dict()[name], value), name
+
+def test_output_norms_and_stages_may_be_fewer():
+    whole = randomise(ConvNeXtV2(CUSTOM)).state_dict()
+    fewer = ConvNeXtV2(CUSTOM, out_indices=(1,))
+    fewer.load_state_dict(whole, strict=False)
+    assert torch.equal(fewer.norm1.weight, whole['norm1.weight'])
+    bare = {k: v for k, v in whole.items() if not k.startswith('norm')}
+    model = ConvNeXtV2(CUSTOM)
+    missing, unexpected = model.load_state_dict(bare, strict=False)
+    assert len(missing) == 8
+    assert not unexpected
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)

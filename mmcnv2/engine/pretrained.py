@@ -1,0 +1,103 @@
+"""Starting a backbone from a checkpoint, whichever library wrote it."""
+
+import math
+from collections.abc import Sequence
+
+from mmengine.logging import print_log
+from mmengine.model import update_init_info
+from torch import Tensor
+
+from ..models.convnextv2 import ConvNeXtV2
+from ..registry import WEIGHT_INITIALIZERS
+from .conversion import Weights, convert_weights, find_format, load_weights
+
+_STEM = 'downsample_layers.0.0.weight'
+
+
+@WEIGHT_INITIALIZERS.register_module()
+class PretrainedBackbone:
+    """What ``init_cfg=dict(type='Pretrained', ...)`` of a backbone does.
+
+    It takes checkpoints in any of :data:`mmcnv2.engine.conversion.FORMATS`, and tells
+    in a line what it has loaded.
+
+    Args:
+        checkpoint (str): Path or URL.
+        prefix (str, optional): How the names of the backbone begin, as in MMEngine.
+            Needed only where the checkpoint holds several.
+        adapt_stem (bool): Fit the first layer to pictures of another number of
+            channels, as timm does: the weights of one channel are the sum of all, those
+            of several repeat the checkpoint's in turn and keep the sum of their scale.
+            Defaults to False, and then another number of channels is an error.
+    """
+
+    def __init__(
+        self, checkpoint: str, prefix: str | None = None, adapt_stem: bool = False
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.prefix = prefix
+        self.adapt_stem = adapt_stem
+
+    def __call__(self, module: ConvNeXtV2) -> None:
+        """Load.
+
+        Args:
+            module (ConvNeXtV2): The backbone.
+
+        Raises:
+            FileNotFoundError: There is no such checkpoint.
+            ImportError: It is of safetensors, which is not installed.
+            RuntimeError: It is no checkpoint, loading it could run code, or it is of a
+                ConvNeXt V2 of another size, or for pictures of other channels.
+            ValueError: It holds no ConvNeXt V2.
+        """
+        try:
+            source, weights = _backbone(load_weights(self.checkpoint), self.prefix)
+        except ValueError as error:
+            raise ValueError(
+                f'Cannot start a backbone from {self.checkpoint}: {error}'
+            ) from None
+        if self.adapt_stem and _STEM in weights:
+            weights[_STEM] = _adapt_stem(weights[_STEM], module.in_channels)
+        missing, unexpected = module.load_state_dict(weights, strict=False)
+        print_log(
+            f'Backbone from {self.checkpoint} (in the format {source!r}): '
+            f'{len(weights) - len(unexpected)} tensors loaded, missing: '
+            f'{_listed(missing)}, unexpected: {_listed(unexpected)}',
+            logger='current',
+        )
+        if hasattr(module, '_params_init_info'):
+            update_init_info(module, f'Loaded from {self.checkpoint}')
+
+
+def _backbone(weights: Weights, prefix: str | None) -> tuple[str, Weights]:
+    """Return the format, and the weights of the backbone by our names."""
+    if prefix and any(name.startswith(prefix) for name in weights):
+        weights = {
+            f'backbone.{name.removeprefix(prefix)}': value
+            for name, value in weights.items()
+            if name.startswith(prefix)
+        }
+    # A backbone by itself, and not the official model, whose last norm has no number.
+    elif _STEM in weights and 'norm.weight' not in weights:
+        weights = {f'backbone.{name}': value for name, value in weights.items()}
+    source = find_format(weights)
+    if source != 'ours':
+        weights = convert_weights(weights, 'ours', source).weights
+    return source, {
+        name.removeprefix('backbone.'): value
+        for name, value in weights.items()
+        if name.startswith('backbone.')
+    }
+
+
+def _adapt_stem(weight: Tensor, channels: int) -> Tensor:
+    weight, known = weight.float(), weight.shape[1]
+    if channels == 1:
+        return weight.sum(dim=1, keepdim=True)
+    repeated = weight.repeat(1, math.ceil(channels / known), 1, 1)[:, :channels]
+    return repeated * (known / channels)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ', '.join(names) or 'none'
