@@ -5,7 +5,7 @@ _base_ = [
     'mmseg::_base_/default_runtime.py',
 ]
 
-checkpoint = 'https://download.openmmlab.com/mmclassification/v0/convnext-v2/convnext-v2-tiny_3rdparty-fcmae_in1k_20230104-80513adc.pth'
+checkpoint = 'https://download.openmmlab.com/mmclassification/v0/convnext-v2/convnext-v2-tiny_fcmae-pre_3rdparty_in1k_20230104-471a86de.pth'
 crop_size = (512, 512)
 
 model = dict(

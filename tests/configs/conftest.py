@@ -34,16 +34,14 @@ def ade(tmp_path_factory, scenes):
     return root
 
 
-def shrink_transforms(node):
-    """Make every size in a pipeline small."""
+def replace(node, values: dict) -> None:
+    """Set keys to new values, wherever they stand."""
     if isinstance(node, dict):
-        for key in ('scale', 'crop_size'):
-            if key in node:
-                node[key] = (SIDE, SIDE)
+        node.update({key: values[key] for key in values if key in node})
         node = list(node.values())
     if isinstance(node, list | tuple):
         for child in node:
-            shrink_transforms(child)
+            replace(child, values)
 
 
 def shrink_model(model: ConfigDict) -> None:
@@ -70,10 +68,13 @@ def shrink_segmentor(model: ConfigDict) -> None:
 
 def shrink_detector(model: ConfigDict) -> None:
     model.neck.in_channels = DIMS
-    model.roi_head.bbox_head.num_classes = len(CLASSES)
-    model.roi_head.mask_head.num_classes = len(CLASSES)
-    # So that a network that has learnt nothing detects something.
-    model.test_cfg.rcnn.score_thr = 0.0
+    replace(
+        model.roi_head,
+        dict(num_classes=len(CLASSES), fc_out_channels=64, conv_out_channels=16),
+    )
+    # So that a network that has learnt nothing detects something, but not too much.
+    model.test_cfg.rcnn.update(score_thr=0.0, max_per_img=10)
+    replace(model, dict(nms_pre=50, num=16))
 
 
 def use_data(cfg: Config, scenes: Path, ade: Path) -> None:
@@ -96,7 +97,8 @@ def use_data(cfg: Config, scenes: Path, ade: Path) -> None:
             )
         else:
             dataset.data_root = str(ade)
-        shrink_transforms(dataset.pipeline)
+        size = (SIDE, SIDE)
+        replace(dataset.pipeline, dict(scale=size, scales=[size], crop_size=size))
         evaluator = cfg.get(f'{name}_evaluator', {})
         if 'ann_file' in evaluator:
             evaluator.ann_file = str(scenes / 'annotations' / f'{split}.json')
@@ -107,7 +109,8 @@ def small(recipe: str, tmp_path: Path, scenes: Path, ade: Path) -> Config:
     # Inherited as a user does from elsewhere, where MMEngine keeps track of scopes.
     path = tmp_path / 'config.py'
     path.write_text(f"_base_ = 'mmcnv2::{recipe}'\n")
-    cfg = Config.fromfile(path)
+    # Runners print the config several times, and laying it out nicely takes seconds.
+    cfg = Config.fromfile(path, format_python_code=False)
     shrink_model(cfg.model)
     use_data(cfg, scenes, ade)
     cfg.work_dir = str(tmp_path)

@@ -1,5 +1,6 @@
 """Every config is built, trains a step and predicts, on pictures of 128 pixels."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -57,21 +58,45 @@ def recipe(name: str) -> Config:
     return Config.fromfile(CONFIGS / name)
 
 
-@pytest.mark.parametrize('arch', ['tiny', 'base'])
-def test_mask_rcnn_is_the_published_recipe(arch):
-    cfg = recipe(f'mask_rcnn/mask-rcnn_convnextv2-{arch}_fpn_lsj-3x_coco.py')
+def started_from(cfg: Config) -> str:
+    return Path(cfg.model.backbone.init_cfg.checkpoint).name
+
+
+def table(readme: str) -> dict[str, list[str]]:
+    """Return the cells behind each link to a config in a folder's README."""
+    lines = (CONFIGS / readme / 'README.md').read_text().splitlines()
+    rows = [re.fullmatch(r'\| \[.*\]\((.*\.py)\) \|(.*)\|', line) for line in lines]
+    return {row[1]: [c.strip() for c in row[2].split('|')] for row in rows if row}
+
+
+def assert_fits(cfg: Config, arch: str) -> None:
+    """The size, its channels and its checkpoint belong together."""
+    model, dims = cfg.model, list(ARCHITECTURES[arch]['dims'])
+    assert model.backbone.arch == arch
+    assert started_from(cfg).startswith(f'convnext-v2-{arch}_')
+    assert model.backbone.init_cfg.prefix == 'backbone.'
+    assert model.backbone.get('with_cp', False) == (arch == 'huge')
+    if cfg.default_scope == 'mmseg':
+        assert model.decode_head.in_channels == dims
+        assert model.auxiliary_head.in_channels == dims[2]
+    else:
+        assert model.neck.in_channels == dims
+
+
+ADAMW = dict(type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05)
+
+
+@pytest.mark.parametrize('arch', ARCHITECTURES)
+def test_mask_rcnn_lsj(arch):
+    """MMDetection's recipe for base; the README says what else there is."""
+    name = f'mask-rcnn_convnextv2-{arch}_fpn_lsj-3x_coco.py'
+    cfg = recipe(f'mask_rcnn/{name}')
     wrapper, loader = cfg.optim_wrapper, cfg.train_dataloader
-    assert cfg.model.backbone.arch == arch
-    assert cfg.model.backbone.drop_path_rate == 0.4
-    assert (
-        f'convnext-v2-{arch}_3rdparty-fcmae' in cfg.model.backbone.init_cfg.checkpoint
-    )
-    assert tuple(cfg.model.neck.in_channels) == ARCHITECTURES[arch]['dims']
+    assert_fits(cfg, arch)
+    assert '_3rdparty-fcmae_in1k_' in started_from(cfg)
+    assert cfg.model.backbone.drop_path_rate == float(table('mask_rcnn')[name][0])
     assert cfg.model.test_cfg.rcnn.nms.type == 'soft_nms'
-    assert wrapper.type == 'AmpOptimWrapper'
-    assert wrapper.optimizer == dict(
-        type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05
-    )
+    assert (wrapper.type, wrapper.optimizer) == ('AmpOptimWrapper', ADAMW)
     assert wrapper.paramwise_cfg == dict(decay_rate=0.95, decay_type='layer_wise')
     assert loader.batch_size * 8 == cfg.auto_scale_lr.base_batch_size == 32
     assert cfg.train_cfg.max_epochs == 36
@@ -82,23 +107,64 @@ def test_mask_rcnn_is_the_published_recipe(arch):
     assert (crop.type, crop.crop_size) == ('RandomCrop', (1024, 1024))
 
 
-@pytest.mark.parametrize('arch', ['tiny', 'base'])
-def test_upernet_is_the_published_recipe(arch):
-    cfg = recipe(f'upernet/upernet_convnextv2-{arch}_160k_ade20k-512x512.py')
+@pytest.mark.parametrize(
+    ('folder', 'name', 'epochs', 'milestones'),
+    [
+        ('mask_rcnn', 'mask-rcnn_convnextv2-{}_fpn_ms-1x_coco.py', 12, [8, 11]),
+        (
+            'cascade_mask_rcnn',
+            'cascade-mask-rcnn_convnextv2-{}_fpn_ms-crop-3x_coco.py',
+            36,
+            [27, 33],
+        ),
+    ],
+)
+@pytest.mark.parametrize('arch', ARCHITECTURES)
+def test_multi_scale(folder, name, epochs, milestones, arch):
+    name = name.format(arch)
+    if epochs == 12 and arch in ('base', 'large', 'huge'):
+        assert not (CONFIGS / folder / name).exists()
+        return
+    cfg = recipe(f'{folder}/{name}')
     wrapper = cfg.optim_wrapper
-    assert cfg.model.backbone.arch == arch
-    assert cfg.model.backbone.drop_path_rate == 0.4
-    assert (
-        f'convnext-v2-{arch}_3rdparty-fcmae' in cfg.model.backbone.init_cfg.checkpoint
+    assert_fits(cfg, arch)
+    assert '_3rdparty-fcmae_in1k_' in started_from(cfg)
+    assert cfg.model.backbone.drop_path_rate == float(table(folder)[name][0])
+    assert (wrapper.type, wrapper.optimizer) == ('AmpOptimWrapper', ADAMW)
+    assert wrapper.constructor == 'mmcnv2.LayerDecayOptimWrapperConstructor'
+    assert wrapper.paramwise_cfg == dict(decay_rate=0.95, decay_type='layer_wise')
+    assert cfg.train_dataloader.batch_size * 8 == cfg.auto_scale_lr.base_batch_size
+    warmup, steps = cfg.param_scheduler
+    assert cfg.train_cfg.max_epochs == steps.end == epochs
+    assert (warmup.end, steps.milestones) == (1000, milestones)
+    assert 'mmpretrain' not in cfg.pretty_text
+    assert '/convnext/' not in cfg.pretty_text.split('work_dir')[0]
+    heads = cfg.model.roi_head.bbox_head
+    if folder == 'cascade_mask_rcnn':
+        assert [head.loss_bbox.type for head in heads] == ['GIoULoss'] * 3
+
+
+@pytest.mark.parametrize('side', [512, 640])
+@pytest.mark.parametrize('arch', ARCHITECTURES)
+def test_upernet(arch, side):
+    name = f'upernet_convnextv2-{arch}_160k_ade20k-{side}x{side}.py'
+    if side == 640 and arch not in ('base', 'large', 'huge'):
+        assert not (CONFIGS / 'upernet' / name).exists()
+        return
+    cfg = recipe(f'upernet/{name}')
+    wrapper = cfg.optim_wrapper
+    assert_fits(cfg, arch)
+    labels = 'in21k-pre' if side == 640 else 'pre'
+    assert f'_fcmae-{labels}_3rdparty_in1k' in started_from(cfg)
+    assert cfg.model.backbone.drop_path_rate == float(table('upernet')[name][0])
+    assert (cfg.model.test_cfg.mode, cfg.model.decode_head.num_classes) == (
+        'slide',
+        150,
     )
-    assert tuple(cfg.model.decode_head.in_channels) == ARCHITECTURES[arch]['dims']
-    assert cfg.model.auxiliary_head.in_channels == ARCHITECTURES[arch]['dims'][2]
-    assert cfg.model.test_cfg.mode == 'slide'
-    assert cfg.model.decode_head.num_classes == 150
-    assert wrapper.type == 'AmpOptimWrapper'
-    assert wrapper.optimizer == dict(
-        type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05
-    )
+    sizes = (cfg.model.test_cfg.crop_size, cfg.model.data_preprocessor.size)
+    assert sizes == ((side, side), (side, side))
+    assert cfg.train_dataloader.dataset.pipeline[3].crop_size == (side, side)
+    assert (wrapper.type, wrapper.optimizer) == ('AmpOptimWrapper', ADAMW)
     assert wrapper.paramwise_cfg == dict(decay_rate=0.9, decay_type='stage_wise')
     assert cfg.train_dataloader.batch_size * 8 == 16
     assert cfg.train_cfg.max_iters == 160000
@@ -177,16 +243,32 @@ def test_minkowski_trains_as_packed_does(tmp_path, scenes, ade):
     torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)
 
 
-def test_model_index_lists_every_recipe():
+def metafiles() -> list[dict]:
     root = CONFIGS.parent
-    index = yaml.safe_load((root / 'model-index.yml').read_text())
+    names = yaml.safe_load((root / 'model-index.yml').read_text())['Import']
+    assert names == sorted(names)
+    return [yaml.safe_load((root / name).read_text()) for name in names]
+
+
+def test_model_index_lists_every_recipe():
     listed = []
-    for name in index['Import']:
-        metafile = yaml.safe_load((root / name).read_text())
+    for metafile in metafiles():
         collections = {each['Name']: each for each in metafile['Collections']}
-        assert all((root / each['README']).is_file() for each in collections.values())
         for model in metafile['Models']:
-            assert model['In Collection'] in collections
-            assert model['Name'] == Path(model['Config']).stem
-            listed.append(model['Config'].removeprefix('configs/'))
+            config = CONFIGS.parent / model['Config']
+            readme = config.parent / 'README.md'
+            collection = collections[model['In Collection']]
+            assert collection['README'] == f'configs/{readme.parent.name}/README.md'
+            assert model['Name'] == config.stem
+            assert f']({config.name})' in readme.read_text()
+            listed.append(config.relative_to(CONFIGS).as_posix())
     assert sorted(listed) == [r for r in RECIPES if not r.startswith('demo/')]
+
+
+def test_metafiles_tell_the_schedules():
+    for model in (model for file in metafiles() for model in file['Models']):
+        train_cfg = Config.fromfile(CONFIGS.parent / model['Config']).train_cfg
+        length = dict(Epochs='max_epochs', Iterations='max_iters')
+        told = {length[k]: n for k, n in model['Metadata'].items() if k in length}
+        assert told, model['Name']
+        assert all(train_cfg[name] == number for name, number in told.items())

@@ -1,0 +1,12 @@
+_base_ = './mask-rcnn_convnextv2-tiny_fpn_lsj-3x_coco.py'
+
+checkpoint = 'https://download.openmmlab.com/mmclassification/v0/convnext-v2/convnext-v2-femto_3rdparty-fcmae_in1k_20230104-adbe2082.pth'
+
+model = dict(
+    backbone=dict(
+        arch='femto',
+        drop_path_rate=0.1,
+        init_cfg=dict(checkpoint=checkpoint),
+    ),
+    neck=dict(in_channels=[48, 96, 192, 384]),
+)

@@ -1,0 +1,13 @@
+_base_ = './upernet_convnextv2-tiny_160k_ade20k-512x512.py'
+
+checkpoint = 'https://download.openmmlab.com/mmclassification/v0/convnext-v2/convnext-v2-atto_fcmae-pre_3rdparty_in1k_20230104-23765f83.pth'
+
+model = dict(
+    backbone=dict(
+        arch='atto',
+        drop_path_rate=0.1,
+        init_cfg=dict(checkpoint=checkpoint),
+    ),
+    decode_head=dict(in_channels=[40, 80, 160, 320]),
+    auxiliary_head=dict(in_channels=160),
+)
