@@ -294,15 +294,16 @@ def find_format(weights: Mapping[str, Tensor]) -> str:
     )
 
 
-def load_weights(source: str | Path) -> Weights:
+def load_weights(source: str | Path, map_location: str = 'cpu') -> Weights:
     """Load the weights of a checkpoint safely.
 
     Args:
         source: Path or URL of a ``.safetensors`` file, or of one that torch saved: the
             weights alone, or with others as 'state_dict' or 'model'.
+        map_location: Device to load to. Defaults to the CPU.
 
     Returns:
-        The weights by name, on the CPU.
+        The weights by name.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -312,7 +313,9 @@ def load_weights(source: str | Path) -> Weights:
     """
     # The official training code stores its arguments, and they run nothing.
     with torch.serialization.safe_globals([Namespace]):
-        checkpoint = CheckpointLoader.load_checkpoint(str(source), 'cpu', 'silent')
+        checkpoint = CheckpointLoader.load_checkpoint(
+            str(source), map_location, 'silent'
+        )
     weights = checkpoint
     if isinstance(checkpoint, dict):
         weights = checkpoint.get('state_dict', checkpoint)

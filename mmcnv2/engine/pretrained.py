@@ -24,18 +24,25 @@ class PretrainedBackbone:
     Args:
         checkpoint (str): Path or URL.
         prefix (str, optional): How the names of the backbone begin, as in MMEngine.
-            Needed only where the checkpoint holds several.
+            Needed only where the checkpoint holds several; 'backbone.' is right for
+            any that holds one.
         adapt_stem (bool): Fit the first layer to pictures of another number of
             channels, as timm does: the weights of one channel are the sum of all, those
             of several repeat the checkpoint's in turn and keep the sum of their scale.
             Defaults to False, and then another number of channels is an error.
+        map_location (str): Device to load to. Defaults to 'cpu'.
     """
 
     def __init__(
-        self, checkpoint: str, prefix: str | None = None, adapt_stem: bool = False
+        self,
+        checkpoint: str,
+        prefix: str | None = None,
+        adapt_stem: bool = False,
+        map_location: str = 'cpu',
     ) -> None:
         self.checkpoint = checkpoint
         self.prefix = prefix
+        self.map_location = map_location
         self.adapt_stem = adapt_stem
 
     def __call__(self, module: ConvNeXtV2) -> None:
@@ -47,19 +54,20 @@ class PretrainedBackbone:
         Raises:
             FileNotFoundError: There is no such checkpoint.
             ImportError: It is of safetensors, which is not installed.
-            RuntimeError: It is no checkpoint, loading it could run code, or it is of a
-                ConvNeXt V2 of another size, or for pictures of other channels.
-            ValueError: It holds no ConvNeXt V2.
+            RuntimeError: It is no checkpoint, or loading it could run code.
+            ValueError: It holds no ConvNeXt V2, or one of another size, or one for
+                pictures of other channels.
         """
+        weights = load_weights(self.checkpoint, self.map_location)
         try:
-            source, weights = _backbone(load_weights(self.checkpoint), self.prefix)
-        except ValueError as error:
+            source, weights = _backbone(weights, self.prefix)
+            if self.adapt_stem and _STEM in weights:
+                weights[_STEM] = _adapt_stem(weights[_STEM], module.in_channels)
+            missing, unexpected = module.load_state_dict(weights, strict=False)
+        except (RuntimeError, ValueError) as error:
             raise ValueError(
                 f'Cannot start a backbone from {self.checkpoint}: {error}'
             ) from None
-        if self.adapt_stem and _STEM in weights:
-            weights[_STEM] = _adapt_stem(weights[_STEM], module.in_channels)
-        missing, unexpected = module.load_state_dict(weights, strict=False)
         print_log(
             f'Backbone from {self.checkpoint} (in the format {source!r}): '
             f'{len(weights) - len(unexpected)} tensors loaded, missing: '
@@ -72,23 +80,28 @@ class PretrainedBackbone:
 
 def _backbone(weights: Weights, prefix: str | None) -> tuple[str, Weights]:
     """Return the format, and the weights of the backbone by our names."""
-    if prefix and any(name.startswith(prefix) for name in weights):
-        weights = {
-            f'backbone.{name.removeprefix(prefix)}': value
-            for name, value in weights.items()
-            if name.startswith(prefix)
-        }
+    if prefix:
+        weights = _below(weights, prefix.removesuffix('.') + '.')
     # A backbone by itself, and not the official model, whose last norm has no number.
-    elif _STEM in weights and 'norm.weight' not in weights:
+    if _STEM in weights and 'norm.weight' not in weights:
         weights = {f'backbone.{name}': value for name, value in weights.items()}
     source = find_format(weights)
     if source != 'ours':
         weights = convert_weights(weights, 'ours', source).weights
-    return source, {
-        name.removeprefix('backbone.'): value
+    return source, _below(weights, 'backbone.')
+
+
+def _below(weights: Weights, prefix: str) -> Weights:
+    """Return what is below a prefix; of one backbone alone, all of it."""
+    below = {
+        name.removeprefix(prefix): value
         for name, value in weights.items()
-        if name.startswith('backbone.')
+        if name.startswith(prefix)
     }
+    if not below and prefix != 'backbone.':
+        modules = ', '.join({name.split('.')[0]: None for name in weights})
+        raise ValueError(f"no name begins with '{prefix}', but with {modules}")
+    return below or weights
 
 
 def _adapt_stem(weight: Tensor, channels: int) -> Tensor:

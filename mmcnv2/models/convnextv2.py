@@ -206,19 +206,24 @@ class ConvNeXtV2(BaseModule):
     def _check_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Refuse what MMEngine would only warn of, leaving weights at random."""
         ours = {name: param.shape for name, param in self.named_parameters()}
-        common = [name for name in ours if name in weights]
-        differing = [name for name in common if weights[name].shape != ours[name]]
+        blocks = tuple(f'stages.{i}.' for i in range(len(self.stages)))
+        found = {
+            name: value.shape
+            for name, value in weights.items()
+            if name in ours or name.startswith(blocks)
+        }
         # Networks that were trained for other ends have no output norms.
-        missing = [n for n in ours if n not in weights and not n.startswith('norm')]
-        if not differing and not missing:
+        norms = {name for name in ours if name.startswith('norm')} - set(found)
+        names = sorted((set(ours) | set(found)) - norms)
+        name = next((n for n in names if found.get(n) != ours.get(n)), None)
+        if name is None:
             return
-        name = [*differing, *missing][0]
-        found = tuple(weights[name].shape) if name in weights else 'missing'
+        shapes = [tuple(at[name]) if name in at else 'absent' for at in (found, ours)]
         raise RuntimeError(
             f'the backbone is a ConvNeXt V2 of {describe_arch(self.depths, self.dims)} '
             f'for pictures of {self.in_channels} channels, but the checkpoint holds '
-            f"{_describe_weights(weights)} ('{name}' is {found}, and not "
-            f'{tuple(ours[name])}); take a checkpoint of this size, or set the '
+            f"{_describe_weights(weights)}; '{name}' is {shapes[0]} there, and "
+            f'{shapes[1]} in the backbone. Take a checkpoint of this size, or set the '
             "backbone's arch and in_channels to those of the checkpoint, or "
             'adapt_stem=True in its init_cfg if nothing but the channels differ'
         )
@@ -333,7 +338,10 @@ def _rename_from_mmpretrain(weights: dict[str, Tensor], prefix: str) -> None:
 
 
 def _resolve_init_cfg(init_cfg: dict | list[dict] | None) -> list[dict]:
-    """Let ours load checkpoints, after all else has been initialised."""
+    """Let ours load checkpoints, after all else has been initialised.
+
+    It stands in mmcnv2.engine, and MMEngine's registry brings it.
+    """
     if init_cfg is None:
         return [INIT_CFG]
     cfgs = [init_cfg] if isinstance(init_cfg, dict) else init_cfg

@@ -61,8 +61,13 @@ def test_backbones_by_themselves(tmp_path):
     assert_same(started(tmp_path / 'bare.pth').state_dict(), source.state_dict())
     teacher = {f'teacher.{k}': v for k, v in source.state_dict().items()}
     torch.save({**teacher, 'backbone.x': torch.ones(1)}, tmp_path / 'teacher.pth')
-    model = started(tmp_path / 'teacher.pth', prefix='teacher.')
-    assert_same(model.state_dict(), source.state_dict())
+    for prefix in ('teacher.', 'teacher'):
+        model = started(tmp_path / 'teacher.pth', prefix=prefix)
+        assert_same(model.state_dict(), source.state_dict())
+    with pytest.raises(
+        ValueError, match=r"begins with 'techer\.', but with teacher, ba"
+    ):
+        started(tmp_path / 'teacher.pth', prefix='techer.')
 
 
 def test_what_is_left_out_is_told(tmp_path, log):
@@ -107,9 +112,9 @@ def test_stem_is_timms(tmp_path):
 
 def test_checkpoints_that_do_not_fit(tmp_path):
     torch.save(backbone().state_dict(), tmp_path / 'custom.pth')
-    with pytest.raises(RuntimeError, match=r'V2 of atto .* that of depths \(1, 2'):
+    with pytest.raises(ValueError, match=r'V2 of atto .* that of depths \(1, 2'):
         started(tmp_path / 'custom.pth', arch='atto')
-    with pytest.raises(RuntimeError, match=r'of 4 channels, .* or adapt_stem=True'):
+    with pytest.raises(ValueError, match=r'of 4 channels, .* or adapt_stem=True'):
         started(tmp_path / 'custom.pth', in_channels=4)
     torch.save({'conv1.weight': torch.ones(2)}, tmp_path / 'resnet.pth')
     with pytest.raises(ValueError, match=r"start .* from .*resnet\.pth: .* 'conv1'"):

@@ -228,19 +228,23 @@ def test_loads_by_the_names_of_mmpretrain():
 @pytest.mark.parametrize(
     ('other', 'message'),
     [
-        (ConvNeXtV2('atto'), r'of depths \(.* and dims .*, but .* that of atto \('),
+        (ConvNeXtV2('atto'), r'of depths \(.* and dims .*, but .* that of atto; '),
         (
             ConvNeXtV2(dict(CUSTOM, depths=(1, 1, 1, 1))),
-            r"that of depths \(1, 1, 1, 1\) and .* \('stages\..*' is missing, and not",
+            r"that of depths \(1, 1, 1, 1\) and .*; 'stages\..*' is absent there, and",
+        ),
+        (
+            ConvNeXtV2(dict(CUSTOM, depths=(1, 2, 1, 3))),
+            r"of depths \(1, 2, 1, 3\) .*2\.dwconv\.bias' is \(22,\) there, and absent",
         ),
         (
             ConvNeXtV2(CUSTOM, in_channels=4),
-            r"of 3 channels, .*\('downsample_layers\.0\.0\.weight' is \(6, 4, 4, 4\)",
+            r"of 3 channels, .*'downsample_layers\.0\.0\.weight' is \(6, 4, 4, 4\)",
         ),
         (nn.Linear(2, 2), r'no whole ConvNeXt V2 there: 2 tensors \(weight, bias\)'),
         (nn.Module(), r'no whole ConvNeXt V2 there: 0 tensors \(none\)'),
     ],
-    ids=['size', 'depths', 'channels', 'another', 'nothing'],
+    ids=['size', 'depths', 'deeper', 'channels', 'another', 'nothing'],
 )
 def test_weights_of_another_network_are_an_error(other, message):
     """However it is loaded: MMEngine would only warn, and train from a random start."""

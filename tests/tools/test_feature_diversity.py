@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if run != 'official':
             weights = {f'backbone.{key}': value for key, value in weights.items()}
         others = {'fcmae': 'neck.mask_token', 'detector': 'backbone.norm0.weight'}
-        weights[others.get(run, 'norm.weight')] = torch.zeros(4)
+        weights[others.get(run, 'norm.weight')] = torch.zeros(8)
         (folder / run).mkdir()
         key = 'model' if run == 'official' else 'state_dict'
         torch.save({key: weights}, folder / run / 'last.pth')
@@ -201,10 +201,10 @@ def test_whole_models(run_here, tools_folder, name):
         (['fcmae/last.pth', '--mask-ratio', '0.99'], 'leaves 0 of the 9 patches'),
         (
             ['other.pth'],
-            r"other\.pth does not fit .* missing \['stages\.3\.0\.norm\.weight'",
+            r"other\.pth: .* 'stages\.3\.0\.norm\.weight' is absent .* of config\.py",
         ),
-        (['deeper.pth'], r"too many \['stages\.2\.2\.norm\.weight'\]"),
-        (['wider.pth'], r'wider\.pth does not fit config\.py: .*size mismatch'),
+        (['deeper.pth'], r"'stages\.2\.2\.norm\.weight' is \(8,\) there, and absent"),
+        (['wider.pth'], r'wider\.pth: .* is \(9,\) there, and \(8,\)'),
     ],
 )
 def test_says_what_is_wrong(folder, monkeypatch, args, message):

@@ -20,11 +20,11 @@ import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.registry import init_default_scope
-from mmengine.runner import CheckpointLoader
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmcnv2.datasets import UnlabelledImages
+from mmcnv2.engine import PretrainedBackbone
 from mmcnv2.engine.launch import checkpoint_path, config_path
 from mmcnv2.evaluation import DiversityRecorder, find_layers
 from mmcnv2.models import ConvNeXtV2, FCMAEDataPreprocessor
@@ -105,27 +105,15 @@ def build_backbone(cfg: Config) -> ConvNeXtV2:
     return MODELS.build({**settings, **whole}).eval()
 
 
-def load_weights(backbone: nn.Module, checkpoint: str, config: str) -> None:
+def load_weights(backbone: ConvNeXtV2, checkpoint: str, config: str) -> None:
     """Load the weights of the backbone, whatever else there is."""
-    content = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu')
-    weights = content.get('state_dict', content)
-    ours = {
-        key.removeprefix('backbone.'): value
-        for key, value in weights.items()
-        if key.startswith('backbone.')
-    }
     try:
-        # Official files hold the backbone alone.
-        result = backbone.load_state_dict(ours or weights, strict=False)
-    except RuntimeError as error:
-        raise SystemExit(f'{checkpoint} does not fit {config}: {error}') from None
-    more = [key for key in result.unexpected_keys if key.startswith('stages.')]
-    if result.missing_keys or more:
+        PretrainedBackbone(checkpoint)(backbone)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
         raise SystemExit(
-            f'{checkpoint} does not fit model.backbone of {config}: missing '
-            f'{result.missing_keys[:3]}, too many {more[:3]}. Give the config that the '
-            'checkpoint was trained with, or one of the same arch.'
-        )
+            f'{error}\nGive the config that the checkpoint was trained with instead of '
+            f'{config}, or one of the same arch.'
+        ) from None
 
 
 def load_pictures(cfg: Config, folder: str, size: int) -> UnlabelledImages:
