@@ -28,7 +28,7 @@ WEIGHT_INITIALIZERS = _child(
 # looks here first and would warn of each that it does not find.
 DATA_SAMPLERS = _child(roots.DATA_SAMPLERS, 'mmcnv2.datasets')
 EVALUATOR = _child(roots.EVALUATOR, 'mmcnv2.evaluation')
-FUNCTIONS = _child(roots.FUNCTIONS, 'mmcnv2.datasets')
+FUNCTIONS = _child(roots.FUNCTIONS, 'mmcnv2.engine')
 LOG_PROCESSORS = _child(roots.LOG_PROCESSORS, 'mmcnv2.engine')
 LOOPS = _child(roots.LOOPS, 'mmcnv2.engine')
 MODEL_WRAPPERS = _child(roots.MODEL_WRAPPERS, 'mmcnv2.models')

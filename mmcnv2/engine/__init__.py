@@ -3,13 +3,16 @@
 from . import checkpoint
 from .broken_images import BrokenImagesHook
 from .feature_diversity import FeatureDiversityHook
+from .fsdp import FSDPStrategy, wrap_blocks
 from .layer_decay import LayerDecayOptimWrapperConstructor
 from .pretrained import PretrainedBackbone
 
 __all__ = [
     'BrokenImagesHook',
+    'FSDPStrategy',
     'FeatureDiversityHook',
     'LayerDecayOptimWrapperConstructor',
     'PretrainedBackbone',
     'checkpoint',
+    'wrap_blocks',
 ]

@@ -121,6 +121,7 @@ class ConvNeXtV2(BaseModule):
                 norm = nn.LayerNorm(dim, eps=1e-6) if output_norm else nn.Identity()
                 self.add_module(f'norm{i}', norm)
         self._freeze()
+        self._built = self._shapes()
 
     def _make_downsample(self, stage: int) -> nn.Sequential:
         dim = self.dims[stage]
@@ -203,9 +204,15 @@ class ConvNeXtV2(BaseModule):
         )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def _shapes(self) -> dict[str, torch.Size]:
+        return {name: param.shape for name, param in self.named_parameters()}
+
     def _check_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Refuse what MMEngine would only warn of, leaving weights at random."""
-        ours = {name: param.shape for name, param in self.named_parameters()}
+        ours = self._shapes()
+        # Sharded over processes, say, which PyTorch sees to.
+        if ours != self._built:
+            return
         blocks = tuple(f'stages.{i}.' for i in range(len(self.stages)))
         found = {
             name: value.shape

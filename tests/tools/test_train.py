@@ -1,5 +1,6 @@
 """``tools/train.py`` and ``dist_train.sh`` from the command line."""
 
+import functools
 import runpy
 import shutil
 from collections.abc import Callable
@@ -105,6 +106,34 @@ def test_two_processes_pretrain_on_masks_and_pictures_of_their_own(
     # Two batches of one in each of two processes, and the rate is for 8.
     [group] = load(tmp_path / 'epoch_1.pth')['optimizer']['param_groups']
     assert group['lr'] == pytest.approx(1e-3 / 2)
+
+
+def test_sharded_training_is_distributed_training(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv('PORT', '29539')
+    wrapper = 'optim_wrapper.accumulative_counts=1 optim_wrapper.optimizer.type=AdamW '
+    wrapper += 'optim_wrapper.optimizer.weight_decay=0.5 '
+    wrapper += 'optim_wrapper.constructor=LayerDecayOptimWrapperConstructor '
+    wrapper += 'optim_wrapper.paramwise_cfg.decay_rate=0.9 custom_hooks=[]'
+    sharded = ['runner_type=FlexibleRunner', 'strategy.type=mmcnv2.FSDPStrategy']
+    train = functools.partial(run, 'dist_train.sh', 'fcmae.py', 2, '--cfg-options')
+    train(*wrapper.split(), '--work-dir', tmp_path / 'whole')
+    train(*wrapper.split(), *sharded, '--work-dir', tmp_path / 'sharded')
+    whole, shards = (load(tmp_path / n / 'epoch_1.pth') for n in ('whole', 'sharded'))
+    torch.testing.assert_close(shards['state_dict'], whole['state_dict'])
+    groups = [each['optimizer']['param_groups'] for each in (shards, whole)]
+    for group, expected in zip(*groups, strict=True):
+        assert len(group['params']) == len(expected['params'])
+        for key in ('lr', 'weight_decay', 'name'):
+            assert group[key] == expected[key]
+
+    more = ['train_cfg.max_epochs=2', '--resume']
+    train(*wrapper.split(), *sharded, *more, '--work-dir', tmp_path / 'sharded')
+    resumed = load(tmp_path / 'sharded' / 'epoch_2.pth')
+    assert {
+        state['step'].item() for state in resumed['optimizer']['state'].values()
+    } == {4}
 
 
 def test_two_processes_train_the_demo(
