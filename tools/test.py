@@ -1,4 +1,4 @@
-"""Test a checkpoint with a config: detection, segmentation or pre-training."""
+"""Test a checkpoint with a config: any task, pre-training too."""
 
 import argparse
 from pathlib import Path
@@ -44,11 +44,15 @@ def enable_visualization(cfg: Config, args: argparse.Namespace) -> None:
     if hook is None:
         raise SystemExit(
             '--show and --show-dir need default_hooks.visualization in the config: '
-            "as dict(type='DetVisualizationHook'), dict(type='SegVisualizationHook') "
-            "or dict(type='mmcnv2.ReconstructionVisualizationHook')."
+            "as dict(type='DetVisualizationHook'), dict(type='SegVisualizationHook'), "
+            "dict(type='mmpretrain.VisualizationHook') or "
+            "dict(type='mmcnv2.ReconstructionVisualizationHook')."
         )
-    hook.draw = True
-    # The segmentation hook would draw every 50th batch, that of pre-training a part.
+    # MMPretrain's hook has names of its own.
+    classifies = cfg.get('default_scope') == 'mmpretrain'
+    hook['enable' if classifies else 'draw'] = True
+    # The segmentation hook would draw every 50th batch, that of classification every
+    # 5000th picture, that of pre-training a part.
     hook.setdefault('interval', 1)
     if cfg.get('default_scope') == 'mmcnv2':
         hook.setdefault('num_pictures', None)
@@ -62,7 +66,7 @@ def enable_visualization(cfg: Config, args: argparse.Namespace) -> None:
         cfg.visualizer.save_dir = show_dir
     else:
         # A relative path would be one inside the run's folder in the work dir.
-        hook.test_out_dir = show_dir
+        hook['out_dir' if classifies else 'test_out_dir'] = show_dir
 
 
 def enable_tta(cfg: Config) -> None:

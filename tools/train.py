@@ -1,4 +1,4 @@
-"""Train with a config: detection, segmentation or pre-training."""
+"""Train with a config: any task, pre-training too."""
 
 import argparse
 
