@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .depthwise import DepthwiseConv2d
 from .layouts import Layout
 
 # How weights start, unless a config says otherwise; GRN starts as the identity.
@@ -114,7 +115,7 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, drop_path: float = 0.0) -> None:
         super().__init__()
-        self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
+        self.dwconv = DepthwiseConv2d(dim)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.pwconv1 = nn.Linear(dim, 4 * dim)
         self.act = nn.GELU()
