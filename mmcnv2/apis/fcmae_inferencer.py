@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -206,9 +207,9 @@ class FCMAEInferencer(BaseInferencer):
         found = [each for given in inputs for each in _pictures_of(given)]
         taken: set[Path] = set()
         for i, picture in enumerate(found):
-            name = picture['name'].with_suffix('.png')
-            if name in taken:
-                name = name.with_stem(f'{name.stem}_{i}')
+            plain = picture['name'].with_suffix('.png')
+            numbered = (plain.with_stem(f'{plain.stem}_{n}') for n in count(i))
+            name = next(n for n in chain([plain], numbered) if n not in taken)
             taken.add(name)
             picture.update(name=name, sample_idx=i)
         return found
