@@ -260,12 +260,11 @@ class FCMAEHead(BaseModule):
             Tensor: The mean squared error over the hidden patches of each picture,
             ``(N,)``, in float32 at least.
         """
-        hidden = patchify(pictures)[mask].float()
+        hidden = _precise(patchify(pictures)[mask])
         if self.norm_pix:
             mean, std = _patch_statistics(hidden)
             hidden = (hidden - mean) / std
-        # Outside of autocast: squares overflow 16 bits.
-        error = (prediction[mask].float() - hidden).square().mean(-1)
+        error = (_precise(prediction[mask]) - hidden).square().mean(-1)
         return error.view(len(mask), -1).mean(1)
 
     def fill_in(self, prediction: Tensor, pictures: Tensor, mask: Tensor) -> Tensor:
@@ -373,6 +372,11 @@ def unpatchify(patches: Tensor) -> Tensor:
     """
     pictures = patches.unflatten(3, (STRIDE, STRIDE, -1))
     return pictures.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+
+def _precise(values: Tensor) -> Tensor:
+    """Return values in 32 bits at least, for their squares overflow 16."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:

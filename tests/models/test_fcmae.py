@@ -100,6 +100,18 @@ def test_loss_is_the_papers(norm_pix):
     torch.testing.assert_close(loss, torch.stack(errors).mean())
 
 
+def test_loss_keeps_double_precision():
+    head = fcmae().head
+    pictures = torch.randn(1, 3, 32, 64, dtype=torch.float64)
+    mask = torch.tensor([[[True, False]]])
+    prediction = torch.randn(1, 1, 2, 3072, dtype=torch.float64)
+    target = patchify(pictures)[mask]
+    target = (target - target.mean()) / (target.var() + 1e-6).sqrt()
+    expected = (prediction[mask] - target).square().mean(1)
+    loss = head.loss(prediction, pictures, mask)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+
+
 def test_loss_does_not_see_visible_targets():
     model = fcmae()
     pictures = torch.randn(1, 3, 64, 64)
