@@ -69,8 +69,9 @@ class FCMAEDataPreprocessor(BaseDataPreprocessor):
             normalised.
 
         Raises:
-            ValueError: If the pictures of the batch differ in size, or the number of
-                their channels or their size does not suit the model.
+            ValueError: If the pictures of the batch are not (C, H, W) or differ in
+                size, or the number of their channels or their size does not suit the
+                model.
         """
         data = self.cast_data(data)
         pictures = list(data['inputs'])
@@ -97,6 +98,11 @@ class FCMAEDataPreprocessor(BaseDataPreprocessor):
                 f'The pictures of a batch differ in size, (C, H, W) being '
                 f'{sorted(set(shapes))}: add RandomResizedCrop, or Resize and '
                 'CenterCrop, to the pipeline, or set batch_size=1.'
+            )
+        if len(shapes[0]) != 3:
+            raise ValueError(
+                f'Pictures of shape (C, H, W) expected, but got {shapes[0]}: end the '
+                'pipeline with PackPretrainInputs, or add the dimension of channels.'
             )
         channels, height, width = shapes[0]
         if channels != len(self.mean):

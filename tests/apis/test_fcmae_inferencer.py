@@ -28,7 +28,7 @@ model = dict(
         type='mmcnv2.FCMAEDataPreprocessor', bgr_to_rgb=True,
         mean=[120.0, 110.0, 100.0], std=[60.0, 50.0, 55.0]),
     backbone=dict(
-        type='mmcnv2.ConvNeXtV2', out_indices=(3,), output_norm=False,
+        type='mmcnv2.ConvNeXtV2',
         arch=dict(depths=(1, 1, 1, 1), dims=(4, 4, 8, 8))),
     neck=dict(type='mmcnv2.FCMAEDecoder', decoder_dim=8),
     head=dict(type='mmcnv2.FCMAEHead'))

@@ -66,6 +66,7 @@ def test_stores_nothing_in_checkpoints():
 @pytest.mark.parametrize(
     ('inputs', 'message'),
     [
+        (list(pictures()[0]), r'\(C, H, W\) expected, but got \(32, 64\)'),
         (list(pictures(4)), r'4 channels, but mean and std .* have 3 values'),
         (pictures(1), r'1 channels, but .* 3 values'),
         ([pictures()[0], pictures(size=(64, 64))[0]], 'differ in size.*32, 64.*64, 64'),
