@@ -37,7 +37,6 @@ class FCMAEInferencer(BaseInferencer):
             the checkpoint.
         weights: Path or URL of a checkpoint, whose keys have to be the model's.
         device: ``cpu``, ``cuda:0``, ...; an accelerator if there is one, by default.
-        data_range: Difference between the greatest and the least possible pixel value.
         show_progress: Whether to show a progress bar.
 
     Raises:
@@ -53,14 +52,12 @@ class FCMAEInferencer(BaseInferencer):
         model: str | os.PathLike | Config | dict | None = None,
         weights: str | None = None,
         device: str | None = None,
-        data_range: float = 255.0,
         show_progress: bool = False,
     ) -> None:
         model = os.fspath(model) if isinstance(model, os.PathLike) else model
         # BaseInferencer would look for the name of a model, and not find it.
         if isinstance(model, str):
             model = Config.fromfile(model)
-        self.data_range = data_range
         super().__init__(model, weights, device, 'mmcnv2', show_progress)
 
     def __call__(
@@ -137,7 +134,7 @@ class FCMAEInferencer(BaseInferencer):
         """
         if out_dir is None and not return_vis:
             return []
-        grids = [reconstruction_grid([pred], self.data_range) for pred in preds]
+        grids = [reconstruction_grid([pred]) for pred in preds]
         if out_dir is not None:
             for picture, grid in zip(inputs, grids, strict=True):
                 _write(Path(out_dir, picture['name']), grid)
@@ -161,7 +158,7 @@ class FCMAEInferencer(BaseInferencer):
         self, pred: BaseDataElement, return_reconstruction: bool
     ) -> dict[str, Any]:
         psnr = hidden_psnr(
-            pred.mask, pred.picture, pred.reconstruction, self.data_range
+            pred.mask, pred.picture, pred.reconstruction, pred.data_range
         )
         summary = {'img_path': pred.img_path, 'loss': float(pred.loss), 'psnr': psnr}
         if return_reconstruction:

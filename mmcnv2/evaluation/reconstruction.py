@@ -41,21 +41,11 @@ class ReconstructionMetric(BaseMetric):
     checkpoints of one such model, not methods of restoring pictures.
 
     Args:
-        data_range: Difference between the greatest and the least possible pixel value.
         collect_device: ``cpu`` or ``gpu``, where results of all processes are gathered.
         prefix: What stands before the slash in the names of the results.
     """
 
     default_prefix = 'fcmae'
-
-    def __init__(
-        self,
-        data_range: float = 255.0,
-        collect_device: str = 'cpu',
-        prefix: str | None = None,
-    ) -> None:
-        super().__init__(collect_device, prefix)
-        self.data_range = data_range
 
     def process(self, data_batch: Any, data_samples: Sequence[dict[str, Any]]) -> None:
         """Take in what the model predicted for a batch.
@@ -63,11 +53,11 @@ class ReconstructionMetric(BaseMetric):
         Args:
             data_batch: Not used.
             data_samples: What FCMAE predicts, as dicts with ``mask``, ``picture``,
-                ``reconstruction`` and ``loss``.
+                ``reconstruction``, ``data_range`` and ``loss``.
         """
+        names = ('mask', 'picture', 'reconstruction', 'data_range')
         for sample in data_samples:
-            fields = (sample[key] for key in ('mask', 'picture', 'reconstruction'))
-            psnr = hidden_psnr(*fields, data_range=self.data_range)
+            psnr = hidden_psnr(*(sample[name] for name in names))
             self.results.append((float(sample['loss']), psnr))
 
     def compute_metrics(self, results: list[tuple[float, float]]) -> dict[str, float]:

@@ -86,9 +86,9 @@ class FCMAE(BaseModel):
         Returns:
             dict[str, Tensor] | list[BaseDataElement] | Tensor: For 'loss', ``loss``.
             For 'predict', the data samples with ``mask``, ``picture``,
-            ``reconstruction`` (both ``(C, H, W)`` in the units of the pixels) and
-            ``loss``. For 'tensor', the predicted patches
-            ``(N, H / 32, W / 32, 32 * 32 * C)``.
+            ``reconstruction`` (both ``(C, H, W)`` in the units of the pixels),
+            ``loss`` and the ``data_range`` of the data preprocessor. For 'tensor', the
+            predicted patches ``(N, H / 32, W / 32, 32 * 32 * C)``.
 
         Raises:
             FloatingPointError: If the loss is infinite or not a number.
@@ -190,6 +190,7 @@ class FCMAE(BaseModel):
         for sample, values in zip(data_samples, fields, strict=True):
             names = ('mask', 'picture', 'reconstruction', 'loss')
             sample.set_data(dict(zip(names, values, strict=True)))
+            sample.set_metainfo(dict(data_range=self.data_preprocessor.data_range))
         return data_samples
 
     def _test_generator(self, sample: BaseDataElement) -> torch.Generator:
