@@ -77,8 +77,10 @@ class UnlabelledImages(BaseDataset):
 
     A file that cannot be read is logged, once, and another one is taken at random in
     its place. That one brings the paths of those it stands for as ``broken_paths``,
-    which ``PackPretrainInputs`` hands on to :class:`~mmcnv2.engine.BrokenImagesHook`.
-    In ``test_mode`` it is an error.
+    which ``PackPretrainInputs`` hands on: in training to
+    :class:`~mmcnv2.engine.BrokenImagesHook`, and in validation to
+    :class:`~mmcnv2.evaluation.ReconstructionMetric`, which leaves that one out. In
+    ``test_mode`` it is an error.
 
     What counts as broken is what the first transform of the pipeline, which has to be
     the one that reads the file, fails for. Errors of other transforms are errors.

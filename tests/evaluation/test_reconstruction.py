@@ -47,6 +47,17 @@ def test_mean_of_the_pictures(data_range, channels):
     assert result['fcmae/loss'] == pytest.approx(1.4)
 
 
+def test_what_stands_in_for_a_broken_picture_does_not_count():
+    evaluator = Evaluator(METRICS.build(dict(type='ReconstructionMetric')))
+    samples = [sample(0, 2.0), sample(1, 8.0), sample(2, 32.0)]
+    samples[0].set_metainfo({'broken_paths': ()})
+    samples[2].set_metainfo({'broken_paths': ('broken.jpg',)})
+    evaluator.process(samples, {})
+    result = evaluator.evaluate(3)
+    assert result['fcmae/loss'] == pytest.approx(0.5)
+    assert result['fcmae/psnr'] == pytest.approx(20 * math.log10(255 / 4))
+
+
 def test_other_prefix():
     metric = METRICS.build(dict(type='ReconstructionMetric', prefix='nuclei'))
     evaluator = Evaluator(metric)
