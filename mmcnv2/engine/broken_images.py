@@ -121,6 +121,6 @@ def _count_files(dataset: Any) -> int:
     """Look into MMEngine's wrappers, of which some repeat pictures."""
     if hasattr(dataset, 'datasets'):
         return sum(map(_count_files, dataset.datasets))
-    return (
-        _count_files(dataset.dataset) if hasattr(dataset, 'dataset') else len(dataset)
-    )
+    if hasattr(dataset, 'dataset'):
+        return _count_files(dataset.dataset)
+    return len(dataset)
