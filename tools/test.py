@@ -10,8 +10,10 @@ import mmcnv2  # noqa: F401
 
 # isort: split
 from mmengine.config import Config, ConfigDict
+from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import METRICS
+from mmengine.runner import Runner
 from torch import nn
 
 from mmcnv2.engine.launch import (
@@ -109,23 +111,27 @@ def writes_maps(metric: ConfigDict) -> bool:
         return 'output_dir' in signature(registry.get(metric.type)).parameters
 
 
-def refuse_missing_parameters(model: nn.Module, checkpoint: str) -> None:
+class WholeModel(Hook):
     """Let loading fail where MMEngine would warn, and test what is half at random."""
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
 
-    def check(module: nn.Module, keys: NamedTuple) -> None:
-        parameters = dict(module.named_parameters())
-        missing = [name for name in keys.missing_keys if name in parameters]
-        if missing:
-            raise SystemExit(
-                f'{checkpoint} does not fit the config: it lacks {len(missing)} of '
-                f'{len(parameters)} parameters of the model, {", ".join(missing[:3])} '
-                'among them, which would stay as they are at the start of training. '
-                'Give a checkpoint of the whole model, as tools/train.py writes it.'
-            )
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        model = runner.model
+        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+            model = model.module
+        # The weights are loaded next.
+        model.register_load_state_dict_post_hook(refuse_missing_parameters)
 
-    model.register_load_state_dict_post_hook(check)
+
+def refuse_missing_parameters(model: nn.Module, keys: NamedTuple) -> None:
+    parameters = dict(model.named_parameters())
+    missing = [name for name in keys.missing_keys if name in parameters]
+    if missing:
+        raise SystemExit(
+            f'The checkpoint does not fit the config: it lacks {len(missing)} of '
+            f'{len(parameters)} parameters of the model, {", ".join(missing[:3])} '
+            'among them, which would stay as they are at the start of training. '
+            'Give a checkpoint of the whole model, as tools/train.py writes it.'
+        )
 
 
 def main() -> None:
@@ -139,7 +145,7 @@ def main() -> None:
     if args.out:
         write_predictions(cfg, args.out)
     runner = build_runner(cfg)
-    refuse_missing_parameters(runner.model, args.checkpoint)
+    runner.register_hook(WholeModel())
     runner.test()
 
 

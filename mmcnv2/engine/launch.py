@@ -124,11 +124,13 @@ def _check_auto_scale_lr(cfg: Config) -> None:
 
 
 def _count_accumulated_batches(runner: Runner, cfg: Config) -> None:
-    scale = runner.auto_scale_lr or {}
-    if scale.get('enable'):
-        # MMEngine compares with a single batch of each process. The config stays as it
-        # is, for it is stored, and somebody may start from it.
-        scale['base_batch_size'] /= cfg.optim_wrapper.get('accumulative_counts', 1)
+    if not (cfg.get('auto_scale_lr') or {}).get('enable'):
+        return
+    # MMEngine compares with a single batch of each process. The config stays as it is,
+    # for it is stored, and somebody may start from it.
+    flexible = hasattr(runner, 'strategy')
+    scale = runner.strategy._auto_scale_lr if flexible else runner.auto_scale_lr
+    scale['base_batch_size'] /= cfg.optim_wrapper.get('accumulative_counts', 1)
 
 
 def _distribute_over_cpus(cfg: Config) -> None:
