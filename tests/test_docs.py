@@ -3,7 +3,9 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
@@ -49,6 +51,22 @@ def test_own_pictures_without_labels(tmp_path):
         dataset = cfg[f'{split}_dataloader'].dataset
         assert dataset.data_root == 'data/nuclei/'
         assert dataset.data_prefix == dict(img_path=f'images/{folder}/')
+
+
+def test_pictures_of_four_channels_and_16_bits(tmp_path):
+    blocks = python_blocks('configs/fcmae/README.md')
+    (block,) = [each for each in blocks if 'in_channels' in each]
+    path = tmp_path / 'my_pretraining.py'
+    base = 'mmcnv2::fcmae/fcmae_convnextv2-atto_800e_imagenet.py'
+    path.write_text(f"_base_ = '{base}'\n{block}")
+    cfg = Config.fromfile(path)
+    init_default_scope(cfg.default_scope)
+    model = MODELS.build(cfg.model).eval()
+    pictures = np.random.default_rng(0).integers(0, 4096, (1, 4, 64, 64), np.uint16)
+    batch = model.data_preprocessor({'inputs': torch.from_numpy(pictures)})
+    (found,) = model(batch['inputs'], mode='predict')
+    np.testing.assert_allclose(found.picture, pictures[0], atol=0.01)
+    assert found.data_range == 4095
 
 
 def test_own_detector_starts_from_own_pretraining(tmp_path):
