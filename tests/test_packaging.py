@@ -101,6 +101,6 @@ def test_ci_runs_the_documented_commands() -> None:
     guides = [(ROOT / name).read_text() for name in ('README.md', 'CONTRIBUTING.md')]
     readme, contributing = (set(guide.splitlines()) for guide in guides)
     assert [line for line in commands if line not in readme | contributing] == []
-    # Who installs and tests needs README.md alone.
+    # Who installs and tests needs README.md alone, but for mmpretrain's tests.
     lint = {'ruff check', 'ruff format --check', 'mypy'}
-    assert set(commands) - readme == lint
+    assert set(commands[: commands.index('pytest') + 1]) - readme == lint
