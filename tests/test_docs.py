@@ -191,6 +191,18 @@ def test_sparse_encoding():
     assert len(shapes) == 2
 
 
+def test_pictures_of_four_channels_and_16_bits(tmp_path):
+    blocks = python_blocks('configs/fcmae/README.md')
+    (block,) = [each for each in blocks if 'in_channels' in each]
+    base = "_base_ = 'mmcnv2::fcmae/fcmae_convnextv2-atto_800e_imagenet.py'"
+    model = MODELS.build(laid_over(tmp_path, base, block).model).eval()
+    pictures = np.random.default_rng(0).integers(0, 4096, (1, 4, 64, 64), np.uint16)
+    batch = model.data_preprocessor({'inputs': torch.from_numpy(pictures)})
+    (found,) = model(batch['inputs'], mode='predict')
+    np.testing.assert_allclose(found.picture, pictures[0], atol=0.01)
+    assert found.data_range == 4095
+
+
 def test_readme_table_is_the_architecture_table():
     rows = re.findall(
         r'^\| (\w+) \| ([\d ]+) \| ([\d ]+) \|',

@@ -266,6 +266,10 @@ def _check_sparse(sparse: str) -> None:
 
 def check_masked_size(x: Tensor) -> None:
     """Raise a ``ValueError`` if pictures cannot be cut into patches."""
+    if x.dim() != 4:
+        raise ValueError(
+            f'pictures of shape (N, C, H, W) expected, but got {tuple(x.shape)}'
+        )
     height, width = x.shape[2:]
     if height % STRIDE or width % STRIDE:
         raise ValueError(
@@ -377,7 +381,7 @@ def _resolve_out_indices(out_indices: Sequence[int]) -> tuple[int, ...]:
     """Return the stages counted from 0, in ascending order."""
     valid = range(-NUM_STAGES, NUM_STAGES)
     given = out_indices if isinstance(out_indices, Sequence) else ()
-    resolved = {i % NUM_STAGES for i in given if i in valid}
+    resolved = {i % NUM_STAGES for i in given if isinstance(i, int) and i in valid}
     if not given or len(resolved) != len(given):
         raise ValueError(
             f'out_indices holds different stages from {valid[0]} to {valid[-1]}, at '

@@ -4,6 +4,7 @@ Those for classification have a file of their own, since they need mmpretrain.
 """
 
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -247,6 +248,34 @@ def test_fcmae_starts_within_the_range_of_bfloat16(arch):
     loss.backward()
     assert loss.isfinite()
     assert all(param.grad.isfinite().all() for param in model.parameters())
+
+
+def test_fcmae_says_why_float16_will_not_do():
+    """MMEngine would skip every step, and log ``nan`` for 800 epochs."""
+    model = MODELS.build(recipe('fcmae/fcmae_convnextv2-tiny_800e_imagenet.py').model)
+    torch.manual_seed(0)
+    model.init_weights()
+    with (
+        torch.autocast('cpu', torch.float16),
+        pytest.raises(FloatingPointError, match=r'nan.*float16.*dtype=.bfloat16'),
+    ):
+        model(torch.randn(1, 3, 64, 64), mode='loss')
+
+
+def test_fcmae_validates_on_what_can_be_read(tmp_path, scenes, ade):
+    """A broken file, behind all others, changes nothing."""
+    shutil.copytree(scenes, tmp_path / 'scenes')
+    (tmp_path / 'scenes' / 'images' / 'val' / 'z.jpg').touch()
+    found = []
+    for root in (scenes, tmp_path / 'scenes'):
+        cfg = small('demo/fcmae_convnextv2-atto_demo.py', tmp_path, root, ade)
+        init_default_scope(cfg.default_scope)
+        runner = Runner.from_cfg(cfg)
+        found.append(runner.val())
+    assert found[0] == pytest.approx(found[1])
+    log = next(Path(runner.log_dir).glob('*.log')).read_text()
+    assert 'z.jpg; another one takes its place' in log
+    assert '1 of 3 pictures could not be read' in log
 
 
 def test_fcmae_accumulates_gradients(tmp_path, scenes, ade):

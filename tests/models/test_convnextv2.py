@@ -363,6 +363,7 @@ def test_exports_to_onnx():
         (dict(out_indices=()), 'at least one'),
         (dict(out_indices=(0, 4)), 'from -4 to 3'),
         (dict(out_indices=(3, -1)), 'different stages'),
+        (dict(out_indices=(1.0,)), 'from -4 to 3'),
         (dict(frozen_stages=5), 'frozen_stages is 5; give it from -1'),
         (dict(drop_path_rate=1.0), r'drop_path_rate is 1.0; give it in \[0, 1\)'),
     ],
