@@ -1,6 +1,7 @@
 """Importing mmcnv2 beside all kinds of installed packages, in real interpreters."""
 
 import importlib.machinery
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import packaging
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+INSTALL = ROOT / 'docs' / 'install.md'
 OPENMMLAB = {
     'mmengine': '0.10.7',
     'mmcv': '2.1.0',
@@ -205,3 +207,24 @@ def test_source_tree_without_metadata_checks_no_versions(
     [metadata] = environment.folder.glob('mmcnv2-*.dist-info')
     shutil.rmtree(metadata)
     assert environment.import_mmcnv2() == PASSED
+
+
+def test_the_guide_quotes_what_is_said(
+    environment: Environment, installed_mmcnv2: Path, tmp_path: Path
+) -> None:
+    shutil.rmtree(environment.folder / 'ftfy')
+    shutil.rmtree(environment.folder / 'regex')
+    found = {**OPENMMLAB, 'mmcv': '2.2.0'}
+    environment.install(ops=False, setuptools='82.0.0', **found)
+    said = environment.import_mmcnv2()
+    mixed = Environment(tmp_path / 'mixed')
+    shutil.copytree(installed_mmcnv2, mixed.folder, dirs_exist_ok=True)
+    said += f'\n{mixed.import_mmcnv2()}'
+    mixed.install(**OPENMMLAB)
+    shutil.rmtree(mixed.folder / 'mmengine')
+    mixed.install(onedl_mmengine='0.10.12')
+    said += f'\n{mixed.import_mmcnv2()}'
+    said = said.replace(str(environment.folder), '.../site-packages')
+    blocks = re.findall(r'```text\n(.*)\n```', INSTALL.read_text())
+    assert len(blocks) == 6
+    assert [line for line in blocks if line not in said.splitlines()] == []

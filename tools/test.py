@@ -1,13 +1,20 @@
-"""Test a checkpoint with a config: detection, segmentation or pre-training."""
+"""Test a checkpoint with a config: any task, pre-training too."""
 
 import argparse
+from inspect import signature
 from pathlib import Path
+from typing import NamedTuple
 
 # First, since it explains what may be wrong with the packages that follow.
 import mmcnv2  # noqa: F401
 
 # isort: split
 from mmengine.config import Config, ConfigDict
+from mmengine.hooks import Hook
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.registry import METRICS
+from mmengine.runner import Runner
+from torch import nn
 
 from mmcnv2.engine.launch import (
     add_common_arguments,
@@ -44,11 +51,15 @@ def enable_visualization(cfg: Config, args: argparse.Namespace) -> None:
     if hook is None:
         raise SystemExit(
             '--show and --show-dir need default_hooks.visualization in the config: '
-            "as dict(type='DetVisualizationHook'), dict(type='SegVisualizationHook') "
-            "or dict(type='mmcnv2.ReconstructionVisualizationHook')."
+            "as dict(type='DetVisualizationHook'), dict(type='SegVisualizationHook'), "
+            "dict(type='mmpretrain.VisualizationHook') or "
+            "dict(type='mmcnv2.ReconstructionVisualizationHook')."
         )
-    hook.draw = True
-    # The segmentation hook would draw every 50th batch, that of pre-training a part.
+    # MMPretrain's hook has names of its own.
+    classifies = cfg.get('default_scope') == 'mmpretrain'
+    hook['enable' if classifies else 'draw'] = True
+    # The segmentation hook would draw every 50th batch, that of classification every
+    # 5000th picture, that of pre-training a part.
     hook.setdefault('interval', 1)
     if cfg.get('default_scope') == 'mmcnv2':
         hook.setdefault('num_pictures', None)
@@ -62,7 +73,7 @@ def enable_visualization(cfg: Config, args: argparse.Namespace) -> None:
         cfg.visualizer.save_dir = show_dir
     else:
         # A relative path would be one inside the run's folder in the work dir.
-        hook.test_out_dir = show_dir
+        hook['out_dir' if classifies else 'test_out_dir'] = show_dir
 
 
 def enable_tta(cfg: Config) -> None:
@@ -85,7 +96,7 @@ def write_predictions(cfg: Config, out: str) -> None:
     if cfg.get('default_scope') == 'mmseg':
         # MMSegmentation leaves it to the first process, which others may be ahead of.
         Path(out).mkdir(parents=True, exist_ok=True)
-        for metric in metrics:
+        for metric in filter(writes_maps, metrics):
             # MMSegmentation would delete the folder of a Cityscapes metric otherwise.
             metric.update(output_dir=out, keep_results=True)
         return
@@ -93,6 +104,34 @@ def write_predictions(cfg: Config, out: str) -> None:
         'mmdet.DumpDetResults' if cfg.get('default_scope') == 'mmdet' else 'DumpResults'
     )
     cfg.test_evaluator = [*metrics, {'type': dump, 'out_file_path': out}]
+
+
+def writes_maps(metric: ConfigDict) -> bool:
+    with METRICS.switch_scope_and_registry('mmseg') as registry:
+        return 'output_dir' in signature(registry.get(metric.type)).parameters
+
+
+class WholeModel(Hook):
+    """Let loading fail where MMEngine would warn, and test what is half at random."""
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        model = runner.model
+        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+            model = model.module
+        # The weights are loaded next.
+        model.register_load_state_dict_post_hook(refuse_missing_parameters)
+
+
+def refuse_missing_parameters(model: nn.Module, keys: NamedTuple) -> None:
+    parameters = dict(model.named_parameters())
+    missing = [name for name in keys.missing_keys if name in parameters]
+    if missing:
+        raise SystemExit(
+            f'The checkpoint does not fit the config: it lacks {len(missing)} of '
+            f'{len(parameters)} parameters of the model, {", ".join(missing[:3])} '
+            'among them, which would stay as they are at the start of training. '
+            'Give a checkpoint of the whole model, as tools/train.py writes it.'
+        )
 
 
 def main() -> None:
@@ -105,7 +144,9 @@ def main() -> None:
         enable_tta(cfg)
     if args.out:
         write_predictions(cfg, args.out)
-    build_runner(cfg).test()
+    runner = build_runner(cfg)
+    runner.register_hook(WholeModel())
+    runner.test()
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Train with a config: detection, segmentation or pre-training."""
+"""Train with a config: any task, pre-training too."""
 
 import argparse
 
@@ -8,6 +8,7 @@ import mmcnv2  # noqa: F401
 # isort: split
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.runner import Runner
 
 from mmcnv2.engine.launch import (
     add_common_arguments,
@@ -64,16 +65,16 @@ def enable_amp(cfg: Config) -> None:
     wrapper.setdefault('loss_scale', 'dynamic')
 
 
-def enable_auto_scale_lr(cfg: Config) -> None:
-    if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
-        raise SystemExit(
-            '--auto-scale-lr needs auto_scale_lr = dict(base_batch_size=...) in the '
-            'config: the number of pictures of a step, over all processes and '
-            'accumulated batches, that its learning rate is for.'
-        )
-    cfg.auto_scale_lr.enable = True
-    # MMEngine compares with a single batch of each process.
-    cfg.auto_scale_lr.base_batch_size /= cfg.optim_wrapper.get('accumulative_counts', 1)
+def check_for_a_batch(runner: Runner) -> None:
+    loader = runner.train_dataloader
+    if len(loader):
+        return
+    raise SystemExit(
+        f'There are {len(loader.dataset)} pictures to train on, fewer than a batch of '
+        f'{loader.batch_sampler.batch_size} in each of {runner.world_size} processes, '
+        'and unfinished batches are dropped. Take more pictures, or set '
+        'train_dataloader.batch_size to fewer.'
+    )
 
 
 def main() -> None:
@@ -82,12 +83,14 @@ def main() -> None:
     if args.amp:
         enable_amp(cfg)
     if args.auto_scale_lr:
-        enable_auto_scale_lr(cfg)
+        cfg.merge_from_dict({'auto_scale_lr.enable': True})
     if args.resume:
         cfg.resume = True
         # Without a path the runner looks for the latest checkpoint itself.
         cfg.load_from = None if args.resume == 'auto' else args.resume
-    build_runner(cfg).train()
+    runner = build_runner(cfg)
+    check_for_a_batch(runner)
+    runner.train()
 
 
 if __name__ == '__main__':

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,6 @@ class FCMAEInferencer(BaseInferencer):
             the checkpoint.
         weights: Path or URL of a checkpoint, whose keys have to be the model's.
         device: ``cpu``, ``cuda:0``, ...; an accelerator if there is one, by default.
-        data_range: Difference between the greatest and the least possible pixel value.
         show_progress: Whether to show a progress bar.
 
     Raises:
@@ -52,14 +52,12 @@ class FCMAEInferencer(BaseInferencer):
         model: str | os.PathLike | Config | dict | None = None,
         weights: str | None = None,
         device: str | None = None,
-        data_range: float = 255.0,
         show_progress: bool = False,
     ) -> None:
         model = os.fspath(model) if isinstance(model, os.PathLike) else model
         # BaseInferencer would look for the name of a model, and not find it.
         if isinstance(model, str):
             model = Config.fromfile(model)
-        self.data_range = data_range
         super().__init__(model, weights, device, 'mmcnv2', show_progress)
 
     def __call__(
@@ -136,7 +134,7 @@ class FCMAEInferencer(BaseInferencer):
         """
         if out_dir is None and not return_vis:
             return []
-        grids = [reconstruction_grid([pred], self.data_range) for pred in preds]
+        grids = [reconstruction_grid([pred]) for pred in preds]
         if out_dir is not None:
             for picture, grid in zip(inputs, grids, strict=True):
                 _write(Path(out_dir, picture['name']), grid)
@@ -160,7 +158,7 @@ class FCMAEInferencer(BaseInferencer):
         self, pred: BaseDataElement, return_reconstruction: bool
     ) -> dict[str, Any]:
         psnr = hidden_psnr(
-            pred.mask, pred.picture, pred.reconstruction, self.data_range
+            pred.mask, pred.picture, pred.reconstruction, pred.data_range
         )
         summary = {'img_path': pred.img_path, 'loss': float(pred.loss), 'psnr': psnr}
         if return_reconstruction:
@@ -206,9 +204,9 @@ class FCMAEInferencer(BaseInferencer):
         found = [each for given in inputs for each in _pictures_of(given)]
         taken: set[Path] = set()
         for i, picture in enumerate(found):
-            name = picture['name'].with_suffix('.png')
-            if name in taken:
-                name = name.with_stem(f'{name.stem}_{i}')
+            plain = picture['name'].with_suffix('.png')
+            numbered = (plain.with_stem(f'{plain.stem}_{n}') for n in count(i))
+            name = next(n for n in chain([plain], numbered) if n not in taken)
             taken.add(name)
             picture.update(name=name, sample_idx=i)
         return found

@@ -32,8 +32,8 @@ class RandomResizedCrop(BaseTransform):
             is before resizing.
         interpolation: ``nearest``, ``bilinear``, ``bicubic`` or another method of
             :func:`mmcv.imresize`.
-        backend: What resizes: ``pillow``, which smooths when it shrinks, takes 8-bit
-            pictures that are grey (H, W) or have 3 or 4 channels; ``cv2`` others too.
+        backend: What resizes: ``pillow``, which smooths when it shrinks, takes pictures
+            of 8 bits; ``cv2`` others too.
     """
 
     def __init__(
@@ -58,17 +58,28 @@ class RandomResizedCrop(BaseTransform):
             ValueError: If Pillow is to resize what it cannot.
         """
         picture = results['img']
-        if self.backend == 'pillow':
-            self._check_for_pillow(picture)
+        if self.backend == 'pillow' and picture.dtype != np.uint8:
+            raise ValueError(
+                f'Pillow cannot resize a picture of type {picture.dtype}: set '
+                "backend='cv2' in RandomResizedCrop."
+            )
         top, left, height, width = self._rectangle(*picture.shape[:2])
-        results['img'] = imresize(
-            picture[top : top + height, left : left + width],
+        cut = picture[top : top + height, left : left + width]
+        results['img'] = self._resize(cut)
+        results['img_shape'] = results['img'].shape[:2]
+        return results
+
+    def _resize(self, picture: np.ndarray) -> np.ndarray:
+        if self.backend == 'pillow' and picture.ndim == 3 and picture.shape[2] != 3:
+            # Pillow takes a second or fourth channel for opacity, and weighs by it.
+            channels = np.moveaxis(picture, 2, 0)
+            return np.stack([self._resize(channel) for channel in channels], 2)
+        return imresize(
+            picture,
             self.scale,
             interpolation=self.interpolation,
             backend=self.backend,
         )
-        results['img_shape'] = results['img'].shape[:2]
-        return results
 
     @cache_randomness
     def _rectangle(self, height: int, width: int) -> tuple[int, int, int, int]:
@@ -90,14 +101,6 @@ class RandomResizedCrop(BaseTransform):
         h = min(height, max(1, round(width / narrowest)))
         w = min(width, max(1, round(height * widest)))
         return (height - h) // 2, (width - w) // 2, h, w
-
-    def _check_for_pillow(self, picture: np.ndarray) -> None:
-        known_shape = picture.ndim == 2 or picture.shape[2] in (3, 4)
-        if picture.dtype != np.uint8 or not known_shape:
-            raise ValueError(
-                f'Pillow cannot resize a picture of type {picture.dtype} and shape '
-                f"{picture.shape}: set backend='cv2' in RandomResizedCrop."
-            )
 
     def __repr__(self) -> str:
         return (

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,8 +21,9 @@ EXTENSIONS = frozenset(
 def find_pictures(folder: str | os.PathLike[str]) -> list[str]:
     """Find the pictures of a folder tree, by their extensions in any case.
 
-    Names that start with a dot are left out, since some systems put thumbnails and
-    attributes there. Links are followed.
+    Files and folders whose names start with a dot are left out, since some systems put
+    thumbnails and attributes there. Links are followed, and each folder is taken once,
+    whatever leads to it.
 
     Args:
         folder: The topmost folder.
@@ -39,10 +41,9 @@ def find_pictures(folder: str | os.PathLike[str]) -> list[str]:
             f'folder: {Path.cwd()}).'
         )
     found = [
-        os.path.join(parent, name)
-        for parent, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if not name.startswith('.') and os.path.splitext(name)[1].lower() in EXTENSIONS
+        path
+        for path in _walk(folder)
+        if os.path.splitext(path)[1].lower() in EXTENSIONS
     ]
     if not found:
         raise FileNotFoundError(
@@ -50,6 +51,20 @@ def find_pictures(folder: str | os.PathLike[str]) -> list[str]:
             f'{" ".join(sorted(EXTENSIONS))}, in lower and upper case.'
         )
     return sorted(found)
+
+
+def _walk(folder: str) -> Iterator[str]:
+    """List the files of a folder tree, but hidden ones."""
+    taken: set[str] = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in taken:
+            folders.clear()
+            continue
+        taken.add(real)
+        # Sorted, so that of several links to a folder the same one counts every time.
+        folders[:] = sorted(name for name in folders if not name.startswith('.'))
+        yield from (os.path.join(parent, n) for n in names if not n.startswith('.'))
 
 
 @DATASETS.register_module()
@@ -62,8 +77,10 @@ class UnlabelledImages(BaseDataset):
 
     A file that cannot be read is logged, once, and another one is taken at random in
     its place. That one brings the paths of those it stands for as ``broken_paths``,
-    which ``PackPretrainInputs`` hands on to :class:`~mmcnv2.engine.BrokenImagesHook`.
-    In ``test_mode`` it is an error.
+    which ``PackPretrainInputs`` hands on: in training to
+    :class:`~mmcnv2.engine.BrokenImagesHook`, and in validation to
+    :class:`~mmcnv2.evaluation.ReconstructionMetric`, which leaves that one out. In
+    ``test_mode`` it is an error.
 
     What counts as broken is what the first transform of the pipeline, which has to be
     the one that reads the file, fails for. Errors of other transforms are errors.

@@ -12,6 +12,7 @@ from mmengine.runner import Runner
 from mmcnv2.registry import HOOKS
 
 _FILE = 'broken_images.txt'
+_KEY = 'broken_images'
 _NAMED = 5
 
 
@@ -21,9 +22,10 @@ class BrokenImagesHook(Hook):
 
     :class:`~mmcnv2.datasets.UnlabelledImages` puts another picture in the place of one
     that it cannot read, in a loader worker, and the paths arrive here with that
-    picture, as ``broken_paths`` of its data sample. Each file counts once. At the end
-    of each epoch, and of training by iterations, the number is logged and all paths
-    are written to ``broken_images.txt`` in the log folder of the run.
+    picture, as ``broken_paths`` of its data sample. Each file counts once, also in a
+    run that is resumed. At the end of each epoch, and of training by iterations, the
+    number is logged and all paths are written to ``broken_images.txt`` in the log
+    folder of the run.
 
     Of several processes each checks what it met itself after every iteration, which
     needs no communication, and at the end of an epoch all check what all of them met.
@@ -41,6 +43,10 @@ class BrokenImagesHook(Hook):
         self.max_share = max_share
         self._broken: set[str] = set()
 
+    def before_train(self, runner: Runner) -> None:
+        """Go on from what a resumed run had met."""
+        self._broken = set(runner.message_hub.get_info(_KEY, []))
+
     def after_train_iter(
         self,
         runner: Runner,
@@ -56,7 +62,7 @@ class BrokenImagesHook(Hook):
         samples = (data_batch or {}).get('data_samples') or []
         new = {path for sample in samples for path in sample.get('broken_paths', ())}
         if not new <= self._broken:
-            self._broken |= new
+            self._note(runner, new)
             self._check(runner)
 
     def after_train_epoch(self, runner: Runner) -> None:
@@ -67,10 +73,15 @@ class BrokenImagesHook(Hook):
         Raises:
             RuntimeError: If too many files are broken, in all processes alike.
         """
-        self._broken = set().union(*all_gather_object(self._broken))
+        self._note(runner, set().union(*all_gather_object(self._broken)))
         if self._broken:
             self._report(runner)
             self._check(runner)
+
+    def _note(self, runner: Runner, paths: set[str]) -> None:
+        self._broken |= paths
+        # What the message hub holds goes into checkpoints.
+        runner.message_hub.update_info(_KEY, sorted(self._broken))
 
     @master_only
     def _report(self, runner: Runner) -> None:
@@ -103,4 +114,13 @@ class BrokenImagesHook(Hook):
 
 
 def _number_of_pictures(runner: Runner) -> int:
-    return len(runner.train_dataloader.dataset)
+    return _count_files(runner.train_dataloader.dataset)
+
+
+def _count_files(dataset: Any) -> int:
+    """Look into MMEngine's wrappers, of which some repeat pictures."""
+    if hasattr(dataset, 'datasets'):
+        return sum(map(_count_files, dataset.datasets))
+    if hasattr(dataset, 'dataset'):
+        return _count_files(dataset.dataset)
+    return len(dataset)

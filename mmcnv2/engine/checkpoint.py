@@ -44,6 +44,9 @@ _MODEL_ZOOS = {
     'torchvision': get_torchvision_models,
 }
 
+# What torch says of a device that is not there, and of memory that does not suffice.
+_NOT_THE_FILE = re.compile(r'map_location|allocate|out of memory')
+
 # Times are float64, counts int64, and mmseg's scores float32.
 _ARRAY_TYPES = (np.float32, np.float64, np.int64)
 
@@ -118,8 +121,11 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
     Raises:
         FileNotFoundError: There is no such file.
         ImportError: It is of safetensors, which is not installed.
+        MemoryError: It is too large.
+        PermissionError: It may not be read.
         RuntimeError: The file is not a checkpoint, is truncated, or holds something
-            that is neither a tensor nor stored by MMEngine.
+            that is neither a tensor nor stored by MMEngine; or its tensors are of a
+            device that is not there, and no ``map_location`` is given.
     """
     path = Path(filename).expanduser()
     if not path.is_file():
@@ -130,8 +136,12 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
         return {'state_dict': _load_safetensors(path)}
     try:
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except (PermissionError, MemoryError):
+        raise
     # A broken file surfaces as any of a dozen exception types.
     except Exception as error:
+        if isinstance(error, RuntimeError) and _NOT_THE_FILE.search(str(error)):
+            raise
         raise _failure(path, error) from None
     return _with_state_dict(checkpoint)
 

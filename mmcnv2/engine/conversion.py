@@ -6,10 +6,10 @@ and tensors keep every bit.
 
 The official code, timm and transformers' classifier have one norm, after the last stage
 and the pooling. It is ``norm3`` here, as in mmpretrain, so that a classifier keeps it
-in any format; ours computes ``norm3`` at every position, before any pooling. The norms
-after the other stages, which detectors and segmentors train, have a place in ours,
-mmpretrain and 'transformers-backbone'. FCMAE's decoder has one in ours alone, of those
-that are written.
+in any format; ours pools before it if ``gap_before_final_norm`` is set, and computes it
+at every position otherwise. The norms after the other stages, which detectors and
+segmentors train, have a place in ours, mmpretrain and 'transformers-backbone'. FCMAE's
+decoder has one in ours alone, of those that are written.
 """
 
 import itertools

@@ -28,7 +28,8 @@ class FeatureDiversityHook(Hook):
         interval: Measure in each iteration whose number is a multiple of this.
         layers: What to measure, by names below the backbone, with ``*`` for any part
             between two dots; see :func:`~mmcnv2.evaluation.find_layers`. The output of
-            each block by default.
+            each block by default. What is within a block is computed layer by layer
+            while it is measured, and rounded differently.
 
     Raises:
         ValueError: If ``interval`` is not positive.

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch.distributed
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
+from mmengine.hooks import Hook
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
@@ -90,15 +91,61 @@ def load_config(args: Namespace) -> Config:
 def build_runner(cfg: Config) -> Runner:
     """Build the config's runner, also for several processes without accelerators.
 
+    Where ``auto_scale_lr`` is enabled it counts accumulated batches too, and where the
+    runner shall resume it refuses a file of weights alone.
+
     Args:
         cfg: A config that is ready to run.
 
     Returns:
         The runner.
+
+    Raises:
+        SystemExit: If ``auto_scale_lr`` is enabled without ``base_batch_size``.
     """
+    _check_auto_scale_lr(cfg)
     if cfg.launcher == 'pytorch' and get_device() == 'cpu':
         _distribute_over_cpus(cfg)
-    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    _count_accumulated_batches(runner, cfg)
+    runner.register_hook(_ResumeFromRuns(), priority='VERY_HIGH')
+    return runner
+
+
+class _ResumeFromRuns(Hook):
+    """Refuse to resume from weights alone, before any of them is loaded."""
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        if not runner._resume or {'meta', 'message_hub'} <= checkpoint.keys():
+            return
+        raise SystemExit(
+            f'Cannot resume from {runner._load_from}: it holds weights, but not how '
+            'far training had come. To start a new run from these weights leave '
+            f'--resume out and add --cfg-options load_from={runner._load_from}, or, '
+            "for the backbone alone, model.backbone.init_cfg = dict(type='Pretrained', "
+            'checkpoint=...) in the config.'
+        )
+
+
+def _check_auto_scale_lr(cfg: Config) -> None:
+    scale = cfg.get('auto_scale_lr') or {}
+    if scale.get('enable') and 'base_batch_size' not in scale:
+        raise SystemExit(
+            '--auto-scale-lr, or enable=True in auto_scale_lr, needs auto_scale_lr = '
+            'dict(base_batch_size=...) in the config: the number of pictures of a '
+            'step, over all processes and accumulated batches, that its learning rate '
+            'is for.'
+        )
+
+
+def _count_accumulated_batches(runner: Runner, cfg: Config) -> None:
+    if not (cfg.get('auto_scale_lr') or {}).get('enable'):
+        return
+    # MMEngine compares with a single batch of each process. The config stays as it is,
+    # for it is stored, and somebody may start from it.
+    flexible = hasattr(runner, 'strategy')
+    scale = runner.strategy._auto_scale_lr if flexible else runner.auto_scale_lr
+    scale['base_batch_size'] /= cfg.optim_wrapper.get('accumulative_counts', 1)
 
 
 def _distribute_over_cpus(cfg: Config) -> None:

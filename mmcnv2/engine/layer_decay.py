@@ -10,22 +10,25 @@ from torch import nn
 from ..models import ConvNeXtV2
 from ..registry import OPTIM_WRAPPER_CONSTRUCTORS
 
-DECAY_TYPES = ('layer_wise', 'stage_wise')
+DECAY_TYPES = ('layer_wise', 'block_wise', 'stage_wise')
 
 
-def num_layer_groups(depths: Sequence[int]) -> int:
+def num_layer_groups(depths: Sequence[int], decay_type: str = 'layer_wise') -> int:
     """Return the highest group of a backbone; all else of a model is one above it.
 
     The stem is group 0, the first two stages are 1 and 2, the third stage makes a
     group of every three blocks, and the last stage is the last group: 6 for 'tiny'
-    and 12 for 'base', as in the official code.
+    and 12 for 'base', as in the official code. With 'block_wise' each block is one.
 
     Args:
         depths (Sequence[int]): Blocks of each of the four stages.
+        decay_type (str): As in :func:`layer_group`. Defaults to 'layer_wise'.
 
     Returns:
         int: Number of the last group.
     """
+    if decay_type == 'block_wise':
+        return sum(depths)
     return 3 + math.ceil(depths[2] / 3)
 
 
@@ -37,19 +40,24 @@ def layer_group(name: str, depths: Sequence[int], decay_type: str) -> int:
             ``stages.2.5.pwconv1.weight``.
         depths (Sequence[int]): Blocks of each of the four stages.
         decay_type (str): 'layer_wise', the groups of the official fine-tuning code
-            (``optim_factory.py``), or 'stage_wise', those of the official
-            segmentation code: all downsampling layers 0, stage ``i`` ``i + 1``.
+            (``optim_factory.py``, 'group' there); 'block_wise', its 'single': each
+            block a group, from 1, with the downsampling layer before it; or
+            'stage_wise', the groups of the official segmentation code: all
+            downsampling layers 0, stage ``i`` ``i + 1``.
 
     Returns:
-        int: The group, from 0 (the stem) upwards.
+        int: The group, from 0 (the stem) upwards, or from 1 by 'block_wise'.
     """
-    last = num_layer_groups(depths)
+    last = num_layer_groups(depths, decay_type)
     kind, *numbers = name.split('.')
     if kind not in ('downsample_layers', 'stages'):
         return last + 1
     stage = int(numbers[0])
     if decay_type == 'stage_wise':
         return stage + 1 if kind == 'stages' else 0
+    if decay_type == 'block_wise':
+        block = int(numbers[1]) if kind == 'stages' else 0
+        return sum(depths[:stage]) + block + 1
     if stage == 3:
         return last
     if kind == 'downsample_layers':
@@ -70,9 +78,9 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     Args:
         optim_wrapper_cfg (dict): The optimizer wrapper, MMEngine's.
         paramwise_cfg (dict): ``decay_rate`` (float, in (0, 1]; 1 keeps one learning
-            rate) and ``decay_type`` ('layer_wise', the default, or 'stage_wise').
-            ``num_layers``, which configs for other constructors carry, may stand
-            there if it is right; it follows from the backbone's depths.
+            rate) and ``decay_type`` ('layer_wise', the default, 'block_wise' or
+            'stage_wise'). ``num_layers``, which configs for other constructors carry,
+            may stand there if it is right; it follows from the backbone's depths.
 
     Raises:
         ValueError: If ``paramwise_cfg`` is anything else, or the model has no
@@ -145,18 +153,17 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 f'{type(self).__name__} needs a model with a ConvNeXtV2 backbone, but '
                 f'{type(model).__name__} has none; use another constructor'
             )
-        last = max(num_layer_groups(backbone.depths) for backbone in backbones)
+        decay_type = self.paramwise_cfg.get('decay_type', 'layer_wise')
+        counts = {b: num_layer_groups(b.depths, decay_type) for b in backbones}
+        last = max(counts.values())
         if self.paramwise_cfg.get('num_layers', last) != last:
             raise ValueError(
                 f'num_layers is {self.paramwise_cfg["num_layers"]}, but the depths of '
                 f'the backbone make {last} groups; leave num_layers out'
             )
-        decay_type = self.paramwise_cfg.get('decay_type', 'layer_wise')
         layers = {
-            param: layer_group(name, backbone.depths, decay_type)
-            + last
-            - num_layer_groups(backbone.depths)
-            for backbone in backbones
+            param: layer_group(name, backbone.depths, decay_type) + last - count
+            for backbone, count in counts.items()
             for name, param in backbone.named_parameters()
         }
         return layers, last + 1

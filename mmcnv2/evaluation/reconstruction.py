@@ -1,11 +1,13 @@
 """How well FCMAE reconstructs what it does not see."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from mmengine.evaluator import BaseMetric
+from mmengine.logging import print_log
 from torch import Tensor
 
 from mmcnv2.registry import METRICS
@@ -40,22 +42,15 @@ class ReconstructionMetric(BaseMetric):
     undoing that takes the mean and deviation of the hidden patch itself. It compares
     checkpoints of one such model, not methods of restoring pictures.
 
+    A picture that :class:`~mmcnv2.datasets.UnlabelledImages` put in the place of one it
+    could not read is left out, and how many these were is logged.
+
     Args:
-        data_range: Difference between the greatest and the least possible pixel value.
         collect_device: ``cpu`` or ``gpu``, where results of all processes are gathered.
         prefix: What stands before the slash in the names of the results.
     """
 
     default_prefix = 'fcmae'
-
-    def __init__(
-        self,
-        data_range: float = 255.0,
-        collect_device: str = 'cpu',
-        prefix: str | None = None,
-    ) -> None:
-        super().__init__(collect_device, prefix)
-        self.data_range = data_range
 
     def process(self, data_batch: Any, data_samples: Sequence[dict[str, Any]]) -> None:
         """Take in what the model predicted for a batch.
@@ -63,21 +58,32 @@ class ReconstructionMetric(BaseMetric):
         Args:
             data_batch: Not used.
             data_samples: What FCMAE predicts, as dicts with ``mask``, ``picture``,
-                ``reconstruction`` and ``loss``.
+                ``reconstruction``, ``data_range`` and ``loss``.
         """
+        names = ('mask', 'picture', 'reconstruction', 'data_range')
         for sample in data_samples:
-            fields = (sample[key] for key in ('mask', 'picture', 'reconstruction'))
-            psnr = hidden_psnr(*fields, data_range=self.data_range)
-            self.results.append((float(sample['loss']), psnr))
+            psnr = hidden_psnr(*(sample[name] for name in names))
+            stands_in = bool(sample.get('broken_paths'))
+            self.results.append((float(sample['loss']), psnr, stands_in))
 
-    def compute_metrics(self, results: list[tuple[float, float]]) -> dict[str, float]:
+    def compute_metrics(
+        self, results: list[tuple[float, float, bool]]
+    ) -> dict[str, float]:
         """Average over all pictures.
 
         Args:
-            results: Loss and PSNR of each picture.
+            results: Loss and PSNR of each picture, and whether it stands in for others.
 
         Returns:
             The means, as ``loss`` and ``psnr``.
         """
-        loss, psnr = np.mean(results, axis=0).tolist()
+        own = [figures for *figures, stands_in in results if not stands_in]
+        if len(own) < len(results):
+            print_log(
+                f'{len(results) - len(own)} of {len(results)} pictures could not be '
+                'read and are left out of the means; a line for each is above.',
+                logger='current',
+                level=logging.WARNING,
+            )
+        loss, psnr = np.mean(own, axis=0).tolist()
         return {'loss': loss, 'psnr': psnr}

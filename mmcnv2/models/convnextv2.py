@@ -62,6 +62,9 @@ class ConvNeXtV2(BaseModule):
             stage, and so on. Defaults to -1.
         output_norm (bool): Normalise the features of each stage. FCMAE's decoder takes
             them as they are. Defaults to True.
+        gap_before_final_norm (bool): Average the features of each stage over the
+            picture before they are normalised, and return vectors, as classifiers
+            need them. Defaults to False.
         sparse (str): What computes on the visible patches of masked pictures: 'packed',
             torch alone, or 'minkowski', MinkowskiEngine, with equal results.
             Defaults to 'packed'.
@@ -85,6 +88,7 @@ class ConvNeXtV2(BaseModule):
         drop_path_rate: float = 0.0,
         frozen_stages: int = -1,
         output_norm: bool = True,
+        gap_before_final_norm: bool = False,
         sparse: str = 'packed',
         with_cp: bool = False,
         init_cfg: dict | list[dict] | None = None,
@@ -94,6 +98,7 @@ class ConvNeXtV2(BaseModule):
         self.in_channels = in_channels
         self.out_indices = _resolve_out_indices(out_indices)
         self.frozen_stages = frozen_stages
+        self.gap_before_final_norm = gap_before_final_norm
         self.sparse = sparse
         self.with_cp = with_cp
         _check_sparse(sparse)
@@ -144,7 +149,8 @@ class ConvNeXtV2(BaseModule):
         Returns:
             tuple[Tensor]: For each of ``out_indices``, in ascending order, features
             ``(N, dims[i], H // 2**(i + 2), W // 2**(i + 2))``. With a mask, those of
-            the visible positions, ``(N, T, dims[i])``, by patch, row and column.
+            the visible positions, ``(N, T, dims[i])``, by patch, row and column. With
+            ``gap_before_final_norm``, means over them, ``(N, dims[i])``.
 
         Raises:
             ValueError: If the pictures or the mask have the wrong shape.
@@ -159,7 +165,7 @@ class ConvNeXtV2(BaseModule):
             for block in stage:
                 x = self._run(block, x, layout)
             if i in self.out_indices:
-                outs.append(layout.output(getattr(self, f'norm{i}')(x)))
+                outs.append(self._output(i, x, layout))
         return tuple(outs)
 
     def _downsample(self, stage: int, x: Tensor, layout: Layout) -> Tensor:
@@ -172,6 +178,12 @@ class ConvNeXtV2(BaseModule):
         if self.with_cp and torch.is_grad_enabled():
             return checkpoint(block, x, layout, use_reentrant=False)
         return block(x, layout)
+
+    def _output(self, stage: int, x: Tensor, layout: Layout) -> Tensor:
+        norm = getattr(self, f'norm{stage}')
+        if self.gap_before_final_norm:
+            return norm(x.flatten(1, -2).mean(1))
+        return layout.output(norm(x))
 
     def _check_pictures(self, x: Tensor) -> None:
         if x.dim() != 4 or x.shape[1] != self.in_channels:
@@ -254,6 +266,10 @@ def _check_sparse(sparse: str) -> None:
 
 def check_masked_size(x: Tensor) -> None:
     """Raise a ``ValueError`` if pictures cannot be cut into patches."""
+    if x.dim() != 4:
+        raise ValueError(
+            f'pictures of shape (N, C, H, W) expected, but got {tuple(x.shape)}'
+        )
     height, width = x.shape[2:]
     if height % STRIDE or width % STRIDE:
         raise ValueError(
@@ -365,7 +381,7 @@ def _resolve_out_indices(out_indices: Sequence[int]) -> tuple[int, ...]:
     """Return the stages counted from 0, in ascending order."""
     valid = range(-NUM_STAGES, NUM_STAGES)
     given = out_indices if isinstance(out_indices, Sequence) else ()
-    resolved = {i % NUM_STAGES for i in given if i in valid}
+    resolved = {i % NUM_STAGES for i in given if isinstance(i, int) and i in valid}
     if not given or len(resolved) != len(given):
         raise ValueError(
             f'out_indices holds different stages from {valid[0]} to {valid[-1]}, at '

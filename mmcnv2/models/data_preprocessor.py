@@ -21,6 +21,9 @@ class FCMAEDataPreprocessor(BaseDataPreprocessor):
         std: Standard deviation of each channel, likewise.
         bgr_to_rgb: Whether to reverse the order of the three channels. MMCV loads
             colour pictures as blue, green, red.
+        data_range: The greatest pixel value there can be, zero being the least. PSNR
+            and painted reconstructions go by it. Defaults to 255, as of 8 bits; for
+            pictures of 16 it has to be given, since few use all of them.
         non_blocking: Whether copying to the device may overlap with computing.
 
     Raises:
@@ -36,6 +39,7 @@ class FCMAEDataPreprocessor(BaseDataPreprocessor):
         mean: Sequence[float],
         std: Sequence[float],
         bgr_to_rgb: bool = False,
+        data_range: float | None = None,
         non_blocking: bool = False,
     ) -> None:
         super().__init__(non_blocking)
@@ -52,6 +56,8 @@ class FCMAEDataPreprocessor(BaseDataPreprocessor):
                 'values: leave bgr_to_rgb out.'
             )
         self.bgr_to_rgb = bgr_to_rgb
+        self.data_range = 255.0 if data_range is None else data_range
+        self._data_range_is_given = data_range is not None
         for name, values in (('mean', mean), ('std', std)):
             column = torch.tensor(values, dtype=torch.float32).view(-1, 1, 1)
             self.register_buffer(name, column, persistent=False)
@@ -69,12 +75,14 @@ class FCMAEDataPreprocessor(BaseDataPreprocessor):
             normalised.
 
         Raises:
-            ValueError: If the pictures of the batch differ in size, or the number of
-                their channels or their size does not suit the model.
+            ValueError: If the pictures of the batch are not (C, H, W) or differ in
+                size, the number of their channels or their size does not suit the
+                model, or they have 16 bits and it is not said how many are in use.
         """
         data = self.cast_data(data)
         pictures = list(data['inputs'])
         self._check([tuple(picture.shape) for picture in pictures])
+        self._check_range(pictures[0].dtype)
         inputs = torch.stack([picture.float() for picture in pictures])
         if self.bgr_to_rgb:
             inputs = inputs.flip(1)
@@ -91,12 +99,24 @@ class FCMAEDataPreprocessor(BaseDataPreprocessor):
         """
         return inputs * self.std + self.mean
 
+    def _check_range(self, dtype: torch.dtype) -> None:
+        if dtype == torch.uint16 and not self._data_range_is_given:
+            raise ValueError(
+                'The pictures have 16 bits: set data_range of the data preprocessor '
+                'to the greatest pixel value there can be, 65535.0 or less.'
+            )
+
     def _check(self, shapes: list[tuple[int, ...]]) -> None:
         if len(set(shapes)) != 1:
             raise ValueError(
                 f'The pictures of a batch differ in size, (C, H, W) being '
                 f'{sorted(set(shapes))}: add RandomResizedCrop, or Resize and '
                 'CenterCrop, to the pipeline, or set batch_size=1.'
+            )
+        if len(shapes[0]) != 3:
+            raise ValueError(
+                f'Pictures of shape (C, H, W) expected, but got {shapes[0]}: end the '
+                'pipeline with PackPretrainInputs, or add the dimension of channels.'
             )
         channels, height, width = shapes[0]
         if channels != len(self.mean):

@@ -8,7 +8,7 @@ from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
 from ..registry import MODELS, WEIGHT_INITIALIZERS
-from .convnextv2 import STRIDE, check_masked_size
+from .convnextv2 import STRIDE, ConvNeXtV2, check_masked_size
 from .layers import INIT_CFG, Block
 from .layouts import DenseLayout
 
@@ -18,8 +18,8 @@ class FCMAE(BaseModel):
     """Fully convolutional masked autoencoder.
 
     Args:
-        backbone (dict): The encoder, a :class:`ConvNeXtV2`. It returns its last stage
-            alone, and without output norm.
+        backbone (dict): The encoder, a :class:`ConvNeXtV2`. Its ``out_indices`` and
+            ``output_norm`` are set here: the last stage alone, without output norm.
         neck (dict): The decoder, a :class:`FCMAEDecoder`; its ``in_channels`` and
             ``picture_channels`` follow from the backbone.
         head (dict): The loss, a :class:`FCMAEHead`.
@@ -32,7 +32,10 @@ class FCMAE(BaseModel):
             None: each part has its own.
 
     Raises:
-        ValueError: If ``mask_ratio`` is out of range.
+        TypeError: If ``backbone`` is another network, which cannot run on visible
+            patches.
+        ValueError: If ``mask_ratio`` is out of range, or ``backbone`` has what is set
+            here.
     """
 
     def __init__(
@@ -50,8 +53,7 @@ class FCMAE(BaseModel):
             raise ValueError(f'mask_ratio is {mask_ratio}; give it in (0, 1)')
         self.mask_ratio = mask_ratio
         self.test_mask_seed = test_mask_seed
-        last_stage = dict(out_indices=(-1,), output_norm=False)
-        self.backbone = MODELS.build({**backbone, **last_stage})
+        self.backbone = _build_encoder(backbone)
         channels = dict(
             in_channels=self.backbone.dims[-1],
             picture_channels=self.backbone.in_channels,
@@ -84,14 +86,17 @@ class FCMAE(BaseModel):
         Returns:
             dict[str, Tensor] | list[BaseDataElement] | Tensor: For 'loss', ``loss``.
             For 'predict', the data samples with ``mask``, ``picture``,
-            ``reconstruction`` (both ``(C, H, W)`` in the units of the pixels) and
-            ``loss``. For 'tensor', the predicted patches
-            ``(N, H / 32, W / 32, 32 * 32 * C)``.
+            ``reconstruction`` (both ``(C, H, W)`` in the units of the pixels),
+            ``loss`` and the ``data_range`` of the data preprocessor. For 'tensor', the
+            predicted patches ``(N, H / 32, W / 32, 32 * 32 * C)``.
 
         Raises:
+            FloatingPointError: If the loss is infinite or not a number.
             ValueError: If the mode is unknown, the pictures or the mask have the
                 wrong shape, or the mask hides nothing or everything.
         """
+        if mask is not None:
+            mask = mask.to(inputs.device)
         if mode == 'predict':
             return self.predict(inputs, data_samples, mask)
         if mask is None:
@@ -100,7 +105,9 @@ class FCMAE(BaseModel):
             return self.reconstruct(inputs, mask)
         if mode == 'loss':
             prediction = self.reconstruct(inputs, mask)
-            return dict(loss=self.head.loss(prediction, inputs, mask).mean())
+            loss = self.head.loss(prediction, inputs, mask).mean()
+            _check_finite(loss)
+            return dict(loss=loss)
         raise ValueError(f"mode is '{mode}'; give 'loss', 'predict' or 'tensor'")
 
     def reconstruct(self, inputs: Tensor, mask: Tensor) -> Tensor:
@@ -158,6 +165,9 @@ class FCMAE(BaseModel):
 
         Returns:
             list[BaseDataElement]: The samples, completed as :meth:`forward` says.
+
+        Raises:
+            ValueError: If a mask has to be drawn for a sample without ``sample_idx``.
         """
         if data_samples is None:
             places = range(len(inputs))
@@ -180,9 +190,16 @@ class FCMAE(BaseModel):
         for sample, values in zip(data_samples, fields, strict=True):
             names = ('mask', 'picture', 'reconstruction', 'loss')
             sample.set_data(dict(zip(names, values, strict=True)))
+            sample.set_metainfo(dict(data_range=self.data_preprocessor.data_range))
         return data_samples
 
     def _test_generator(self, sample: BaseDataElement) -> torch.Generator:
+        if 'sample_idx' not in sample:
+            raise ValueError(
+                "a data sample has no sample_idx, from which 'predict' draws the mask "
+                f'of its picture, but {sample.all_keys()}; name it in meta_keys of '
+                'PackPretrainInputs, or give the mask'
+            )
         seed = self.test_mask_seed * 2**32 + sample.sample_idx
         return torch.Generator().manual_seed(seed)
 
@@ -260,12 +277,11 @@ class FCMAEHead(BaseModule):
             Tensor: The mean squared error over the hidden patches of each picture,
             ``(N,)``, in float32 at least.
         """
-        hidden = patchify(pictures)[mask].float()
+        hidden = _precise(patchify(pictures)[mask])
         if self.norm_pix:
             mean, std = _patch_statistics(hidden)
             hidden = (hidden - mean) / std
-        # Outside of autocast: squares overflow 16 bits.
-        error = (prediction[mask].float() - hidden).square().mean(-1)
+        error = (_precise(prediction[mask]) - hidden).square().mean(-1)
         return error.view(len(mask), -1).mean(1)
 
     def fill_in(self, prediction: Tensor, pictures: Tensor, mask: Tensor) -> Tensor:
@@ -312,6 +328,23 @@ class FCMAEInit:
                 continue
             downsamples = isinstance(layer, nn.Conv2d) and layer.kernel_size == (2, 2)
             trunc_normal_init(layer, std=0.02 if downsamples else 1.0)
+
+
+def _build_encoder(backbone: dict) -> ConvNeXtV2:
+    ours = dict(out_indices=(-1,), output_norm=False)
+    if given := [name for name in ours if name in backbone]:
+        raise ValueError(
+            f'FCMAE takes the last stage of its backbone, without output norm, so it '
+            f'sets {" and ".join(ours)} itself; leave {" and ".join(given)} out'
+        )
+    kind = backbone['type']
+    kind = MODELS.get(kind) if isinstance(kind, str) else kind
+    if isinstance(kind, type) and not issubclass(kind, ConvNeXtV2):
+        raise TypeError(
+            f'the backbone is a {kind.__name__}, but FCMAE needs one that runs on '
+            'visible patches alone; take mmcnv2.ConvNeXtV2'
+        )
+    return MODELS.build({**backbone, **ours})
 
 
 def draw_mask(
@@ -373,6 +406,23 @@ def unpatchify(patches: Tensor) -> Tensor:
     """
     pictures = patches.unflatten(3, (STRIDE, STRIDE, -1))
     return pictures.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+
+def _check_finite(loss: Tensor) -> None:
+    """Stop training from which nothing more can come, as the paper's code does."""
+    if loss.isfinite():
+        return
+    raise FloatingPointError(
+        f'the loss is {loss.item()}; if you train in float16, the weights that '
+        "FCMAEInit starts with are too large for it: set optim_wrapper.dtype='bfloat16'"
+        ', as --amp does, or init_cfg=None in backbone and neck; otherwise lower the '
+        'learning rate, and look for pixels that are no numbers'
+    )
+
+
+def _precise(values: Tensor) -> Tensor:
+    """Return values in 32 bits at least, for their squares overflow 16."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,9 +26,7 @@ _NARROWEST = 160
 _FONT = Path(matplotlib.get_data_path(), 'fonts', 'ttf', 'DejaVuSans.ttf')
 
 
-def reconstruction_grid(
-    samples: Sequence[BaseDataElement], data_range: float = 255.0
-) -> np.ndarray:
+def reconstruction_grid(samples: Sequence[BaseDataElement]) -> np.ndarray:
     """Lay out pictures in three columns: original, masked input, reconstruction.
 
     Of three and more channels the first three are shown as red, green and blue, so
@@ -38,14 +36,14 @@ def reconstruction_grid(
 
     Args:
         samples: What FCMAE predicts, at least one: with ``mask`` (h, w), True for
-            hidden patches, ``picture`` and ``reconstruction`` (C, H, W) in pixel units.
-        data_range: The pixel value that is shown as white; zero is black.
+            hidden patches, ``picture`` and ``reconstruction`` (C, H, W) in pixel units,
+            and ``data_range``, the value that is shown as white; zero is black.
 
     Returns:
         RGB picture (height, width, 3) of type uint8, with a row for each sample below
         a header.
     """
-    rows = [_row(sample, data_range) for sample in samples]
+    rows = [_row(sample) for sample in samples]
     widest = max(row.shape[2] for row in rows)
     zoom = -(-_NARROWEST // widest)
     rows = [row.repeat(zoom, 1).repeat(zoom, 2) for row in rows]
@@ -79,11 +77,11 @@ def _page(width: int, heights: list[int]) -> np.ndarray:
     return np.array(page)
 
 
-def _row(sample: BaseDataElement, data_range: float) -> np.ndarray:
+def _row(sample: BaseDataElement) -> np.ndarray:
     """Give the three pictures (3, H, W, 3) of a sample."""
-    original = displayable(sample.picture, data_range)
+    original = displayable(sample.picture, sample.data_range)
     masked = paint_mask(original, sample.mask)
-    reconstruction = displayable(sample.reconstruction, data_range)
+    reconstruction = displayable(sample.reconstruction, sample.data_range)
     return np.stack([original, masked, reconstruction])
 
 
@@ -133,7 +131,6 @@ class ReconstructionVisualizationHook(Hook):
         interval: Draw the first batch and each that is a multiple of this later.
         num_pictures: The greatest number of pictures to draw of a batch, one a row;
             None draws all.
-        data_range: The pixel value that is shown as white.
         show: Whether to open a window with each grid too.
         wait_time: Seconds to show it for; 0 is until a key is pressed.
         test_out_dir: In testing, a folder for the grids in place of the visualizer's
@@ -145,7 +142,6 @@ class ReconstructionVisualizationHook(Hook):
         draw: bool = True,
         interval: int = 50,
         num_pictures: int | None = 8,
-        data_range: float = 255.0,
         show: bool = False,
         wait_time: float = 0.0,
         test_out_dir: str | None = None,
@@ -153,7 +149,6 @@ class ReconstructionVisualizationHook(Hook):
         self.draw = draw
         self.interval = interval
         self.num_pictures = num_pictures
-        self.data_range = data_range
         self.show = show
         self.wait_time = wait_time
         self.test_out_dir = test_out_dir
@@ -196,7 +191,7 @@ class ReconstructionVisualizationHook(Hook):
         return self.draw and batch_idx % self.interval == 0 and is_main_process()
 
     def _grid(self, outputs: Sequence[BaseDataElement]) -> np.ndarray:
-        return reconstruction_grid(outputs[: self.num_pictures], self.data_range)
+        return reconstruction_grid(outputs[: self.num_pictures])
 
     def _show(self, runner: Runner, name: str, grid: np.ndarray) -> None:
         if self.show:

@@ -28,7 +28,7 @@ model = dict(
         type='mmcnv2.FCMAEDataPreprocessor', bgr_to_rgb=True,
         mean=[120.0, 110.0, 100.0], std=[60.0, 50.0, 55.0]),
     backbone=dict(
-        type='mmcnv2.ConvNeXtV2', out_indices=(3,), output_norm=False,
+        type='mmcnv2.ConvNeXtV2',
         arch=dict(depths=(1, 1, 1, 1), dims=(4, 4, 8, 8))),
     neck=dict(type='mmcnv2.FCMAEDecoder', decoder_dim=8),
     head=dict(type='mmcnv2.FCMAEHead'))
@@ -130,6 +130,18 @@ def test_files_of_grids(inferencer, folder, tmp_path):
     assert sorted(files) == names
     for name, grid in zip(names, results['visualization'], strict=True):
         assert np.array_equal(cv2.imread(str(tmp_path / name))[..., ::-1], grid)
+
+
+def test_no_grid_takes_the_place_of_another(inferencer, folder, tmp_path):
+    names = ('x/a_2.png', 'x/a.png', 'y/a.png')
+    pictures = [tmp_path / name for name in names]
+    for i, picture in enumerate(pictures):
+        picture.parent.mkdir(exist_ok=True)
+        cv2.imwrite(str(picture), np.full((64, 96, 3), i, np.uint8))
+    out = tmp_path / 'out'
+    grids = inferencer(pictures, out_dir=out, return_vis=True)['visualization']
+    for name, grid in zip(('a_2', 'a', 'a_3'), grids, strict=True):
+        assert np.array_equal(cv2.imread(str(out / f'{name}.png'))[..., ::-1], grid)
 
 
 def test_config_from_the_checkpoint(inferencer, folder, tmp_path):

@@ -4,12 +4,21 @@ from pathlib import Path
 
 import cv2
 import pytest
+import torch
+import yaml
 from mmengine.config import Config, ConfigDict
+from mmengine.hooks import Hook
+from torch import nn
 
 from mmcnv2.datasets.demo_scenes import CLASSES, make_demo_scenes
 from mmcnv2.models import ARCHITECTURES
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
+ALL_RECIPES = sorted(
+    path.relative_to(CONFIGS).as_posix()
+    for path in CONFIGS.rglob('*.py')
+    if '_base_' not in path.parts
+)
 DIMS = [8, 8, 16, 16]
 SIDE = 128
 COUNTS = dict(train=4, val=2, unlabelled=4)
@@ -17,6 +26,21 @@ COUNTS = dict(train=4, val=2, unlabelled=4)
 PICTURE_SIZES = dict(scale=(SIDE, SIDE), scales=[(SIDE, SIDE)], crop_size=(SIDE, SIDE))
 # What takes the backbone's channels where no neck does.
 HEADS = ('decode_head', 'auxiliary_head', 'panoptic_head')
+
+
+class Start(Hook):
+    """Remember the weights that training starts from, which the runner draws."""
+
+    def before_train(self, runner) -> None:
+        self.weights = {k: v.clone() for k, v in runner.model.named_parameters()}
+
+    def unmoved(self, model: nn.Module) -> set[str]:
+        """Return the names of the weights that are still the same."""
+        return {
+            name
+            for name, value in model.named_parameters()
+            if torch.equal(value, self.weights[name])
+        }
 
 
 @pytest.fixture(scope='session')
@@ -142,16 +166,28 @@ def use_data(cfg: Config, scenes: Path, ade: Path) -> None:
             evaluator.ann_file = str(scenes / 'annotations' / f'{split}.json')
 
 
-def small(recipe: str, tmp_path: Path, scenes: Path, ade: Path) -> Config:
-    """Return the config, made to run one step within a second or two."""
-    # Inherited as a user does from elsewhere, where MMEngine keeps track of scopes.
+def inherited(recipe: str, tmp_path: Path) -> Config:
+    """Inherit as a user does from elsewhere, where MMEngine keeps track of scopes."""
     path = tmp_path / 'config.py'
     path.write_text(f"_base_ = 'mmcnv2::{recipe}'\n")
     # Runners print the config several times, and laying it out nicely takes seconds.
-    cfg = Config(Config.fromfile(path).to_dict(), format_python_code=False)
+    return Config(Config.fromfile(path).to_dict(), format_python_code=False)
+
+
+def small(recipe: str, tmp_path: Path, scenes: Path, ade: Path) -> Config:
+    """Return the config, made to run one step within a second or two."""
+    cfg = inherited(recipe, tmp_path)
     shrink_model(cfg.model)
     use_data(cfg, scenes, ade)
+    shorten(cfg, tmp_path)
+    return cfg
+
+
+def shorten(cfg: Config, tmp_path: Path) -> None:
+    """Make training end after a step or two, on any machine."""
     cfg.work_dir = str(tmp_path)
+    # By its name and the second it starts in, MMEngine would take one for another.
+    cfg.experiment_name = tmp_path.name
     cfg.randomness = dict(seed=0)
     # MMEngine's mixed precision needs an accelerator.
     cfg.optim_wrapper.type = 'OptimWrapper'
@@ -169,4 +205,20 @@ def small(recipe: str, tmp_path: Path, scenes: Path, ade: Path) -> Config:
         cfg.train_cfg.update(max_iters=2, val_interval=2)
     else:
         cfg.train_cfg.update(max_epochs=1, val_interval=1)
-    return cfg
+
+
+def metafiles() -> list[dict]:
+    """Load those that the model index names."""
+    root = CONFIGS.parent
+    names = yaml.safe_load((root / 'model-index.yml').read_text())['Import']
+    assert names == sorted(names)
+    return [yaml.safe_load((root / name).read_text()) for name in names]
+
+
+def check_schedule(model: dict) -> None:
+    """Compare what a metafile tells of a model with its config."""
+    train_cfg = Config.fromfile(CONFIGS.parent / model['Config']).train_cfg
+    length = dict(Epochs='max_epochs', Iterations='max_iters')
+    told = {length[k]: n for k, n in model['Metadata'].items() if k in length}
+    assert told, model['Name']
+    assert all(train_cfg[name] == number for name, number in told.items())

@@ -1,12 +1,15 @@
-"""Every config is built, trains a step and predicts, on pictures of 128 pixels."""
+"""Every config is built, trains a step and predicts, on pictures of 128 pixels.
+
+Those for classification have a file of their own, since they need mmpretrain.
+"""
 
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from mmengine import registry as roots
 from mmengine.config import Config
 from mmengine.dataset import Compose
@@ -20,13 +23,18 @@ from mmcnv2.models.layers import GRN
 from mmcnv2.registry import MODELS
 
 from ..conftest import needs_minkowski
-from .conftest import CONFIGS, shrink_model, small
-
-RECIPES = sorted(
-    path.relative_to(CONFIGS).as_posix()
-    for path in CONFIGS.rglob('*.py')
-    if '_base_' not in path.parts
+from .conftest import (
+    ALL_RECIPES,
+    CONFIGS,
+    Start,
+    check_schedule,
+    inherited,
+    metafiles,
+    shrink_model,
+    small,
 )
+
+RECIPES = [each for each in ALL_RECIPES if not each.startswith('classification/')]
 
 
 @pytest.mark.parametrize('recipe', RECIPES)
@@ -34,15 +42,15 @@ def test_trains_and_predicts(recipe, tmp_path, scenes, ade):
     cfg = small(recipe, tmp_path, scenes, ade)
     init_default_scope(cfg.default_scope)
     runner = Runner.from_cfg(cfg)
-    before = {k: v.clone() for k, v in runner.model.backbone.named_parameters()}
+    start = Start()
+    runner.register_hook(start)
     runner.train()
 
     losses = runner.message_hub.get_scalar('train/loss').data[0]
     assert len(losses) == 2
     assert np.isfinite(losses).all()
-    after = dict(runner.model.backbone.named_parameters())
-    same = [key for key in after if torch.equal(after[key], before[key])]
-    assert not same
+    unmoved = start.unmoved(runner.model)
+    assert not [name for name in unmoved if name.startswith('backbone.')]
     # The validation after training has predicted, and left its scores.
     scores = [k for k in runner.message_hub.log_scalars if k.startswith('val/')]
     assert {'val/coco/bbox_mAP', 'val/mIoU', 'val/fcmae/psnr'} & set(scores)
@@ -53,9 +61,7 @@ def test_trains_and_predicts(recipe, tmp_path, scenes, ade):
 )
 def test_test_time_augmentation_is_built(recipe, tmp_path):
     """Inherited too, where MMEngine would look for each transform in our scope."""
-    path = tmp_path / 'config.py'
-    path.write_text(f"_base_ = 'mmcnv2::{recipe}'\n")
-    cfg = Config.fromfile(path)
+    cfg = inherited(recipe, tmp_path)
     init_default_scope(cfg.default_scope)
     assert len(Compose(cfg.tta_pipeline).transforms) == 2
 
@@ -244,6 +250,34 @@ def test_fcmae_starts_within_the_range_of_bfloat16(arch):
     assert all(param.grad.isfinite().all() for param in model.parameters())
 
 
+def test_fcmae_says_why_float16_will_not_do():
+    """MMEngine would skip every step, and log ``nan`` for 800 epochs."""
+    model = MODELS.build(recipe('fcmae/fcmae_convnextv2-tiny_800e_imagenet.py').model)
+    torch.manual_seed(0)
+    model.init_weights()
+    with (
+        torch.autocast('cpu', torch.float16),
+        pytest.raises(FloatingPointError, match=r'nan.*float16.*dtype=.bfloat16'),
+    ):
+        model(torch.randn(1, 3, 64, 64), mode='loss')
+
+
+def test_fcmae_validates_on_what_can_be_read(tmp_path, scenes, ade):
+    """A broken file, behind all others, changes nothing."""
+    shutil.copytree(scenes, tmp_path / 'scenes')
+    (tmp_path / 'scenes' / 'images' / 'val' / 'z.jpg').touch()
+    found = []
+    for root in (scenes, tmp_path / 'scenes'):
+        cfg = small('demo/fcmae_convnextv2-atto_demo.py', tmp_path, root, ade)
+        init_default_scope(cfg.default_scope)
+        runner = Runner.from_cfg(cfg)
+        found.append(runner.val())
+    assert found[0] == pytest.approx(found[1])
+    log = next(Path(runner.log_dir).glob('*.log')).read_text()
+    assert 'z.jpg; another one takes its place' in log
+    assert '1 of 3 pictures could not be read' in log
+
+
 def test_fcmae_accumulates_gradients(tmp_path, scenes, ade):
     """One batch of four pictures and two of two, with one step, move weights alike."""
     ends = []
@@ -279,13 +313,6 @@ def test_minkowski_trains_as_packed_does(tmp_path, scenes, ade):
     torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)
 
 
-def metafiles() -> list[dict]:
-    root = CONFIGS.parent
-    names = yaml.safe_load((root / 'model-index.yml').read_text())['Import']
-    assert names == sorted(names)
-    return [yaml.safe_load((root / name).read_text()) for name in names]
-
-
 def test_model_index_lists_every_recipe():
     listed = []
     for metafile in metafiles():
@@ -298,13 +325,10 @@ def test_model_index_lists_every_recipe():
             assert model['Name'] == config.stem
             assert f']({config.name})' in readme.read_text()
             listed.append(config.relative_to(CONFIGS).as_posix())
-    assert sorted(listed) == [r for r in RECIPES if not r.startswith('demo/')]
+    assert sorted(listed) == [r for r in ALL_RECIPES if not r.startswith('demo/')]
 
 
 def test_metafiles_tell_the_schedules():
     for model in (model for file in metafiles() for model in file['Models']):
-        train_cfg = Config.fromfile(CONFIGS.parent / model['Config']).train_cfg
-        length = dict(Epochs='max_epochs', Iterations='max_iters')
-        told = {length[k]: n for k, n in model['Metadata'].items() if k in length}
-        assert told, model['Name']
-        assert all(train_cfg[name] == number for name, number in told.items())
+        if model['Config'].removeprefix('configs/') in RECIPES:
+            check_schedule(model)

@@ -145,9 +145,22 @@ def test_shape_that_no_rectangle_has():
     assert (result['img'] == 5).all()
 
 
-@pytest.mark.parametrize(
-    ('shape', 'dtype'), [((9, 8, 6), np.uint8), ((9, 8), np.uint16), ((9, 8, 1), 'u1')]
-)
+@pytest.mark.parametrize('shape', [(50, 60), *((50, 60, n) for n in (1, 2, 4, 7))])
+def test_channels_do_not_mix(shape):
+    """Pillow would weigh two channels by the second, and four by the last."""
+    picture = np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8)
+    np.random.seed(0)
+    found = RandomResizedCrop((32, 24))({'img': picture})['img']
+    assert found.shape == (24, 32, *shape[2:])
+    np.random.seed(0)
+    box = restated(50, 60, AREAS, ASPECTS)
+    for i, channel in enumerate(np.atleast_3d(picture).transpose(2, 0, 1)):
+        expected = with_pillow(np.ascontiguousarray(channel), box, (32, 24))
+        assert np.array_equal(np.atleast_3d(found)[..., i], expected)
+
+
+@pytest.mark.parametrize('dtype', [np.uint16, np.float32])
+@pytest.mark.parametrize('shape', [(9, 8), (9, 8, 4)])
 def test_what_pillow_cannot_do_and_opencv_can(shape, dtype):
     picture = np.full(shape, 7, dtype)
     with pytest.raises(ValueError, match=r'backend=.cv2'):

@@ -31,7 +31,7 @@ def tree(tmp_path: Path) -> Path:
     names = ['b.PNG', 'a.jpg', 'c/2.Jpeg', 'c/1.webp', 'c/d/e.tif', 'c/f.bmp']
     for i, name in enumerate(names):
         write(tmp_path / name, i)
-    for name in ('notes.txt', 'c/labels.json', '.hidden.png', 'c/png'):
+    for name in ('notes.txt', 'c/labels.json', '.hidden.png', 'c/png', '.thumbs/1.png'):
         write(tmp_path / name)
     return tmp_path
 
@@ -62,6 +62,15 @@ def test_linked_folder(tree, tmp_path_factory):
     root = tmp_path_factory.mktemp('links')
     (root / 'link').symlink_to(tree / 'c')
     assert len(UnlabelledImages(data_root=str(root))) == 4
+
+
+def test_links_that_lead_back(tree):
+    """Two would be followed in every order, and that to the end of time."""
+    for name in ('again', 'c/up', 'c/d/top'):
+        (tree / name).symlink_to(tree)
+    (tree / 'z').symlink_to(tree / 'c')
+    assert len(UnlabelledImages(data_root=str(tree))) == 6
+    assert len(UnlabelledImages(data_root=str(tree / '.thumbs'))) == 1
 
 
 def test_list(tree):

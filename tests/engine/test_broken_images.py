@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import cv2
 import numpy as np
@@ -41,7 +42,13 @@ def draw(folder: Path, good: int, broken: int) -> Path:
 
 
 def make_runner(
-    folder: Path, by_epoch: bool = True, shuffle: bool = True, **hook: Any
+    folder: Path,
+    by_epoch: bool = True,
+    shuffle: bool = True,
+    repeat: int = 1,
+    epochs: int = 2,
+    resume_from: str | None = None,
+    **hook: Any,
 ) -> Runner:
     names = ['LoadImageFromFile', 'mmcnv2.PackPretrainInputs']
     dataset = dict(
@@ -49,7 +56,10 @@ def make_runner(
         data_root=str(folder),
         pipeline=[dict(type=name) for name in names],
     )
-    length = dict(max_epochs=2) if by_epoch else dict(max_iters=10)
+    if repeat > 1:
+        dataset = dict(type='RepeatDataset', dataset=dataset, times=repeat)
+        dataset = dict(type='ConcatDataset', datasets=[dataset])
+    length = dict(max_epochs=epochs) if by_epoch else dict(max_iters=10)
     return Runner(
         Mean(),
         str(folder.parent / 'work'),
@@ -63,10 +73,11 @@ def make_runner(
         train_cfg=dict(by_epoch=by_epoch, **length),
         optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
         custom_hooks=[dict(type='mmcnv2.BrokenImagesHook', **hook)],
-        default_hooks=dict(checkpoint=None),
+        resume=resume_from is not None,
+        load_from=resume_from,
         randomness=dict(seed=0),
         default_scope=None,
-        experiment_name=folder.parent.name,
+        experiment_name=uuid4().hex,
     )
 
 
@@ -100,6 +111,26 @@ def test_stops_as_soon_as_too_many_are_broken(tmp_path):
     # Not at the end of the epoch.
     assert runner.epoch == 0
     assert runner.iter < 7
+
+
+def test_share_is_of_files_however_often_they_are_taken(tmp_path):
+    folder = draw(tmp_path / 'pictures', good=4, broken=1)
+    runner = make_runner(folder, by_epoch=False, repeat=9, max_share=0.1)
+    with pytest.raises(RuntimeError, match='1 of 5 pictures'):
+        runner.train()
+
+
+def test_resumed_run_knows_what_was_broken(tmp_path):
+    folder = draw(tmp_path / 'pictures', good=4, broken=1)
+    make_runner(folder, epochs=1, max_share=0.2).train()
+    (tmp_path / 'work').rename(tmp_path / 'first')
+    checkpoint = str(tmp_path / 'first' / 'epoch_1.pth')
+    # Mended, so that it is not met again.
+    (folder / 'broken0.jpg').write_bytes((folder / '00.png').read_bytes())
+    runner = make_runner(folder, epochs=2, resume_from=checkpoint, max_share=0.2)
+    runner.train()
+    assert runner.iter == 4
+    assert '1 of 5 pictures could not be read' in log_of(runner)
 
 
 def test_no_broken_file_no_word(tmp_path, caplog):

@@ -246,6 +246,45 @@ def test_other_files_are_no_checkpoints(tmp_path: Path) -> None:
         load_checkpoint(Regression(), str(path))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason='the device is there')
+def test_file_of_a_device_that_is_not_there(tmp_path: Path) -> None:
+    path = tmp_path / 'cuda.pth'
+    weights = {'layer.bias': torch.ones(1)}
+    torch.save(weights, path, _use_new_zipfile_serialization=False)
+    # The name of the device, behind its length.
+    before, after = (bytes([len(name), 0, 0, 0]) + name for name in (b'cpu', b'cuda:0'))
+    assert before in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(before, after))
+    with pytest.raises(RuntimeError, match=r'^Attempting to deserialize .* CUDA'):
+        load_checkpoint(Regression(), str(path), map_location=None)
+    model = Regression()
+    load_checkpoint(model, str(path), map_location='cpu')
+    assert model.layer.bias == 1
+
+
+@pytest.mark.parametrize(
+    'error',
+    [
+        PermissionError(13, 'Permission denied'),
+        MemoryError('no more'),
+        torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 GiB'),
+    ],
+    ids=repr,
+)
+def test_errors_that_are_not_the_files(
+    error: Exception, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They need another machine, or another user, so here torch is told to fail."""
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(torch, 'load', fail)
+    with pytest.raises(type(error)) as raised:
+        load_checkpoint(Regression(), str(trained / 'epoch_1.pth'))
+    assert raised.value is error
+
+
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=f'no checkpoint file {tmp_path}'):
         load_checkpoint(Regression(), str(tmp_path / 'absent.pth'))

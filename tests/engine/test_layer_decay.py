@@ -86,6 +86,34 @@ def test_groups_of_every_size(arch):
         assert layer_group(name, depths, 'layer_wise') == group, name
 
 
+@pytest.mark.parametrize('arch', ARCHITECTURES)
+def test_each_block_a_group(arch):
+    """All in the order of the network; a downsampling layer goes with its block."""
+    depths = DEPTHS[arch]
+    group = 0
+    for stage, depth in enumerate(depths):
+        for block in range(depth):
+            group += 1
+            names = [f'stages.{stage}.{block}.grn.gamma']
+            if block == 0:
+                names += [f'downsample_layers.{stage}.{i}.weight' for i in (0, 1)]
+            for name in names:
+                assert layer_group(name, depths, 'block_wise') == group, name
+    assert layer_group('norm3.bias', depths, 'block_wise') == group + 1
+    counts = {'atto': 12, 'femto': 12, 'pico': 12, 'nano': 14, 'tiny': 18}
+    assert group == counts.get(arch, 36)
+
+
+def test_rates_of_blocks():
+    found = settings(Model((1, 2, 1, 2)), decay_rate=0.5, decay_type='block_wise')
+    rates = {name: lr for name, (lr, _) in found.items()}
+    assert rates['head.weight'] == rates['backbone.norm3.weight'] == 1e-2
+    assert rates['backbone.stages.3.1.norm.bias'] == pytest.approx(1e-2 / 2)
+    assert rates['backbone.stages.3.0.norm.bias'] == pytest.approx(1e-2 / 4)
+    assert rates['backbone.downsample_layers.3.1.bias'] == pytest.approx(1e-2 / 4)
+    assert rates['backbone.downsample_layers.0.0.bias'] == pytest.approx(1e-2 / 64)
+
+
 def test_grn_is_not_decayed():
     found = settings(Model(), decay_rate=1.0)
     assert found['backbone.stages.2.0.grn.gamma'] == (1e-2, 0.0)

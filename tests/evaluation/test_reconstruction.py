@@ -10,7 +10,9 @@ from mmcnv2.evaluation import hidden_psnr
 from mmcnv2.registry import METRICS
 
 
-def sample(seed: int, error: float, channels: int = 3) -> BaseDataElement:
+def sample(
+    seed: int, error: float, channels: int = 3, data_range: float = 255.0
+) -> BaseDataElement:
     """A picture 64 x 96 with one patch in two hidden, and an error of this size."""
     generator = np.random.default_rng(seed)
     mask = np.array([[True, False, True], [False, True, False]])
@@ -19,7 +21,7 @@ def sample(seed: int, error: float, channels: int = 3) -> BaseDataElement:
     hidden = np.kron(mask, np.ones((32, 32), bool))
     # Errors in visible places have no influence.
     reconstruction = picture + signs * np.where(hidden, error, 99)
-    element = BaseDataElement(metainfo={'sample_idx': seed})
+    element = BaseDataElement(metainfo={'data_range': data_range})
     element.set_data(
         {
             'mask': torch.from_numpy(mask),
@@ -33,16 +35,27 @@ def sample(seed: int, error: float, channels: int = 3) -> BaseDataElement:
 
 @pytest.mark.parametrize(('data_range', 'channels'), [(255, 3), (65535, 1), (1, 5)])
 def test_mean_of_the_pictures(data_range, channels):
-    metric = METRICS.build(dict(type='ReconstructionMetric', data_range=data_range))
+    metric = METRICS.build(dict(type='ReconstructionMetric'))
     evaluator = Evaluator(metric)
     errors = [2.0, 8.0, 32.0]
-    samples = [sample(i, error, channels) for i, error in enumerate(errors)]
+    samples = [sample(i, e, channels, data_range) for i, e in enumerate(errors)]
     evaluator.process(samples[:2], {})
     evaluator.process(samples[2:], {})
     result = evaluator.evaluate(3)
     # The mean of the ratios is the ratio for the geometric mean of the errors.
     assert result['fcmae/psnr'] == pytest.approx(20 * math.log10(data_range / 8))
     assert result['fcmae/loss'] == pytest.approx(1.4)
+
+
+def test_what_stands_in_for_a_broken_picture_does_not_count():
+    evaluator = Evaluator(METRICS.build(dict(type='ReconstructionMetric')))
+    samples = [sample(0, 2.0), sample(1, 8.0), sample(2, 32.0)]
+    samples[0].set_metainfo({'broken_paths': ()})
+    samples[2].set_metainfo({'broken_paths': ('broken.jpg',)})
+    evaluator.process(samples, {})
+    result = evaluator.evaluate(3)
+    assert result['fcmae/loss'] == pytest.approx(0.5)
+    assert result['fcmae/psnr'] == pytest.approx(20 * math.log10(255 / 4))
 
 
 def test_other_prefix():

@@ -137,6 +137,33 @@ def test_out_indices(out_indices, stages):
     assert len(some.stages) == max(stages) + 1
 
 
+@pytest.mark.parametrize('output_norm', [True, False])
+def test_average_before_the_norm(output_norm):
+    """As the official classifier does; the norm of means is no mean of norms."""
+    plain = randomise(ConvNeXtV2(CUSTOM, output_norm=False)).eval()
+    kwargs = dict(output_norm=output_norm, gap_before_final_norm=True)
+    model = randomise(ConvNeXtV2(CUSTOM, **kwargs)).eval()
+    model.load_state_dict(plain.state_dict(), strict=False)
+    image = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))
+    for i, (out, features) in enumerate(zip(model(image), plain(image), strict=True)):
+        expected = features.mean((2, 3))
+        if output_norm:
+            norm = getattr(model, f'norm{i}')
+            centred = expected - expected.mean(1, keepdim=True)
+            spread = expected.var(1, unbiased=False, keepdim=True).add(1e-6).sqrt()
+            expected = centred / spread * norm.weight + norm.bias
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_average_over_visible_positions():
+    model = randomise(ConvNeXtV2(CUSTOM, output_norm=False)).eval()
+    image = torch.randn(1, 3, 64, 96)
+    mask = torch.tensor([[[True, False, False], [False, True, False]]])
+    expected = [out.mean(1) for out in model(image, mask)]
+    model.gap_before_final_norm = True
+    torch.testing.assert_close(list(model(image, mask)), expected)
+
+
 def test_mmcv_operators_read_the_outputs_right():
     ops = pytest.importorskip('mmcv.ops')
     features = ConvNeXtV2(CUSTOM)(torch.randn(2, 3, 64, 64))[0]
@@ -336,6 +363,7 @@ def test_exports_to_onnx():
         (dict(out_indices=()), 'at least one'),
         (dict(out_indices=(0, 4)), 'from -4 to 3'),
         (dict(out_indices=(3, -1)), 'different stages'),
+        (dict(out_indices=(1.0,)), 'from -4 to 3'),
         (dict(frozen_stages=5), 'frozen_stages is 5; give it from -1'),
         (dict(drop_path_rate=1.0), r'drop_path_rate is 1.0; give it in \[0, 1\)'),
     ],

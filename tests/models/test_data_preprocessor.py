@@ -20,7 +20,8 @@ def test_normalises(dtype, stacked):
     batch = pictures(dtype=dtype)
     samples = [BaseDataElement(metainfo={'sample_idx': i}) for i in range(2)]
     inputs = batch if stacked else list(batch)
-    done = FCMAEDataPreprocessor(MEAN, STD)({'inputs': inputs, 'data_samples': samples})
+    preprocessor = FCMAEDataPreprocessor(MEAN, STD, data_range=65535.0)
+    done = preprocessor({'inputs': inputs, 'data_samples': samples})
     values = batch.numpy().astype(np.float64).transpose(0, 2, 3, 1)
     expected = ((values - MEAN) / STD).transpose(0, 3, 1, 2)
     assert done['inputs'].dtype == torch.float32
@@ -66,9 +67,11 @@ def test_stores_nothing_in_checkpoints():
 @pytest.mark.parametrize(
     ('inputs', 'message'),
     [
+        (list(pictures()[0]), r'\(C, H, W\) expected, but got \(32, 64\)'),
         (list(pictures(4)), r'4 channels, but mean and std .* have 3 values'),
         (pictures(1), r'1 channels, but .* 3 values'),
         ([pictures()[0], pictures(size=(64, 64))[0]], 'differ in size.*32, 64.*64, 64'),
+        (pictures(dtype=np.uint16), 'have 16 bits: set data_range'),
         (pictures(size=(32, 65)), '32 x 65 pixels.*multiples of 32.*RandomResizedCrop'),
     ],
 )

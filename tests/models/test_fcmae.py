@@ -9,27 +9,29 @@ from mmcnv2.registry import MODELS
 MEAN, STD = [100.0, 120.0, 140.0], [50.0, 60.0, 70.0]
 
 
-def fcmae(in_channels=3, head=None, **kwargs) -> FCMAE:
-    torch.manual_seed(0)
+def fcmae_cfg(in_channels=3, head=None, **kwargs) -> dict:
     preprocessor = dict(
         type='FCMAEDataPreprocessor',
         mean=(MEAN * 2)[:in_channels],
         std=(STD * 2)[:in_channels],
     )
-    model = MODELS.build(
-        dict(
-            type='FCMAE',
-            data_preprocessor=preprocessor,
-            backbone=dict(
-                type='ConvNeXtV2',
-                arch=dict(depths=(1, 1, 1, 1), dims=(6, 8, 10, 12)),
-                in_channels=in_channels,
-            ),
-            neck=dict(type='FCMAEDecoder', decoder_dim=16),
-            head=dict(type='FCMAEHead', **(head or {})),
-            **kwargs,
-        )
+    return dict(
+        type='FCMAE',
+        data_preprocessor=preprocessor,
+        backbone=dict(
+            type='ConvNeXtV2',
+            arch=dict(depths=(1, 1, 1, 1), dims=(6, 8, 10, 12)),
+            in_channels=in_channels,
+        ),
+        neck=dict(type='FCMAEDecoder', decoder_dim=16),
+        head=dict(type='FCMAEHead', **(head or {})),
+        **kwargs,
     )
+
+
+def fcmae(*args, **kwargs) -> FCMAE:
+    torch.manual_seed(0)
+    model = MODELS.build(fcmae_cfg(*args, **kwargs))
     model.init_weights()
     return model
 
@@ -98,6 +100,18 @@ def test_loss_is_the_papers(norm_pix):
         errors.append((prediction[n, i, j] - target).square().mean())
     loss = model(pictures, mode='loss', mask=mask)['loss']
     torch.testing.assert_close(loss, torch.stack(errors).mean())
+
+
+def test_loss_keeps_double_precision():
+    head = fcmae().head
+    pictures = torch.randn(1, 3, 32, 64, dtype=torch.float64)
+    mask = torch.tensor([[[True, False]]])
+    prediction = torch.randn(1, 1, 2, 3072, dtype=torch.float64)
+    target = patchify(pictures)[mask]
+    target = (target - target.mean()) / (target.var() + 1e-6).sqrt()
+    expected = (prediction[mask] - target).square().mean(1)
+    loss = head.loss(prediction, pictures, mask)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
 
 
 def test_loss_does_not_see_visible_targets():
@@ -259,9 +273,48 @@ def test_mask_from_outside_must_leave_something_to_do(mode):
             model(pictures, mode=mode, mask=mask)
 
 
-def test_size_of_pictures():
-    with pytest.raises(ValueError, match=r'multiples of 32, but got \(64, 40\)'):
-        fcmae()(torch.zeros(1, 3, 64, 40), mode='loss')
+@pytest.mark.parametrize(
+    ('shape', 'message'),
+    [
+        ((1, 3, 64, 40), r'multiples of 32, but got \(64, 40\)'),
+        ((3, 64, 64), r'\(N, C, H, W\) expected, but got \(3, 64, 64\)'),
+    ],
+)
+def test_shape_of_pictures(shape, message):
+    with pytest.raises(ValueError, match=message):
+        fcmae()(torch.zeros(shape), mode='loss')
+
+
+def test_mask_from_outside_follows_the_pictures(monkeypatch):
+    """To a device that holds no values, so what comes after has to be left out."""
+    model = fcmae()
+    monkeypatch.setattr(model, 'reconstruct', lambda inputs, mask: mask)
+    pictures = torch.zeros(1, 3, 64, 64, device='meta')
+    mask = model(pictures, mask=torch.tensor([[[True, False], [False, True]]]))
+    assert mask.device == pictures.device
+
+
+def test_predict_with_samples_that_do_not_know_their_place():
+    model, pictures = fcmae().eval(), torch.randn(1, 3, 64, 64)
+    unknown = [BaseDataElement(metainfo=dict(img_path='a.png'))]
+    with pytest.raises(ValueError, match=r"no sample_idx, .* but \['img_path'\]"):
+        model(pictures, unknown, mode='predict')
+    mask = torch.tensor([[[True, False], [False, True]]])
+    (found,) = model(pictures, unknown, mode='predict', mask=mask)
+    assert torch.equal(found.mask, mask[0])
+
+
+def test_what_fcmae_sets_itself_may_not_be_given():
+    cfg = dict(fcmae_cfg(), backbone=dict(type='ConvNeXtV2', output_norm=True))
+    with pytest.raises(ValueError, match=r'itself; leave output_norm out'):
+        MODELS.build(cfg)
+
+
+@pytest.mark.parametrize('kind', ['mmdet.ResNet', torch.nn.Identity])
+def test_another_backbone(kind):
+    cfg = dict(fcmae_cfg(), backbone=dict(type=kind, depth=50))
+    with pytest.raises(TypeError, match=r'a (ResNet|Identity), but .*ConvNeXtV2'):
+        MODELS.build(cfg)
 
 
 def test_predict_without_samples():

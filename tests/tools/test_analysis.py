@@ -20,7 +20,7 @@ def table(output: str) -> dict[str, tuple[float, float]]:
 
 
 # Of a classifier's features at 224 x 224, as in tests/models/test_convnextv2.py, and of
-# the last norm, which a classifier runs on their mean and a backbone on 7 x 7 positions.
+# the last norm, which a classifier runs on their mean, a backbone on 7 x 7 positions.
 @pytest.mark.parametrize(
     ('arch', 'dim', 'published'),
     [('atto', 320, 551_718_080), ('pico', 512, 1_374_072_320)],
@@ -70,7 +70,7 @@ def test_flops_of_visible_patches(run_here: RunHere, capsys: Output) -> None:
 
     most, half = count(0.75), count(0.5)
     assert list(most) == ['backbone', 'neck', 'all']
-    # Pointwise layers, stem and downsampling of 16 patches, of which 4 or 8 are visible.
+    # Pointwise layers, stem and downsampling; of 16 patches 4 or 8 are visible.
     per_patch = sum(
         side**2 * (dim * 4 * dim * 2 + previous)
         for side, dim, previous in (
@@ -154,7 +154,9 @@ def test_browse_errors(run_here: RunHere, capsys: Output) -> None:
 def test_print_config(run_here: RunHere, tmp_path: Path, capsys: Output) -> None:
     path = tmp_path / 'new' / 'whole.py'
     options = ['--cfg-options', 'model.backbone.arch=nano', 'train_cfg.max_iters=7']
-    run_here('analysis_tools/print_config.py', 'seg.py', '--save-path', str(path), *options)
+    run_here(
+        'analysis_tools/print_config.py', 'seg.py', '--save-path', str(path), *options
+    )
     printed = capsys.readouterr().out
     for text in (printed, path.read_text()):
         cfg = Config.fromstring(text, '.py')

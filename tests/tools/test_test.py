@@ -46,8 +46,16 @@ def test_segmentation(
 ) -> None:
     out = ['--out', tmp_path / 'maps', '--show-dir', tmp_path / 'shown']
     where = ['--work-dir', tmp_path / 'run']
-    output = run('test.py', 'seg.py', trained['seg'], *where, *out).stdout
+    # A list of metrics, of which some write files of their own kind.
+    config = tools_folder / 'two_metrics.py'
+    config.write_text(
+        "_base_ = './seg.py'\n"
+        "dump = dict(type='DumpResults', out_file_path='{{fileDirname}}/out.pkl')\n"
+        'test_evaluator = [{{_base_.test_evaluator}}, dump]\n'
+    )
+    output = run('test.py', config, trained['seg'], *where, *out).stdout
     assert 'mIoU' in output
+    assert len(pickle.loads((tools_folder / 'out.pkl').read_bytes())) == 4
     maps = sorted((tmp_path / 'maps').iterdir())
     assert [path.name for path in maps] == ['0.png', '1.png', '2.png', '3.png']
     label = cv2.imread(str(maps[0]), cv2.IMREAD_UNCHANGED)
@@ -100,6 +108,18 @@ def test_two_processes_with_tta(
     assert cfg.model.type == 'SegTTAModel'
     assert cfg.model.module.type == 'EncoderDecoder'
     assert cfg.test_dataloader.dataset.pipeline == cfg.tta_pipeline
+
+
+def test_checkpoint_of_a_part(
+    run_here: RunHere, trained: dict[str, Path], tmp_path: Path
+) -> None:
+    whole = torch.load(trained['seg'], weights_only=True)['state_dict']
+    part = {name: whole[name] for name in whole if name.startswith('backbone.')}
+    torch.save({'state_dict': part}, tmp_path / 'part.pth')
+    where = ['--work-dir', str(tmp_path / 'run')]
+    message = r'lacks 6 of 64 parameters .*, decode_head\.conv_seg\.bias'
+    with pytest.raises(SystemExit, match=message):
+        run_here('test.py', 'seg.py', str(tmp_path / 'part.pth'), *where)
 
 
 def test_no_checkpoint(run_here: RunHere, capsys: pytest.CaptureFixture[str]) -> None:

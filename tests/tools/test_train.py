@@ -91,7 +91,8 @@ def test_two_processes_pretrain_on_masks_and_pictures_of_their_own(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv('PORT', '29535')
-    run('dist_train.sh', 'fcmae.py', 2, '--work-dir', tmp_path, '--auto-scale-lr')
+    enabled = ['--cfg-options', 'auto_scale_lr.enable=True']
+    run('dist_train.sh', 'fcmae.py', 2, '--work-dir', tmp_path, *enabled)
     first, second = (load(tmp_path / f'process_{rank}.pt') for rank in range(2))
     assert len({*first['pictures'], *second['pictures']}) == 4
     for mask, other in zip(first['masks'], second['masks'], strict=True):
@@ -106,6 +107,9 @@ def test_two_processes_pretrain_on_masks_and_pictures_of_their_own(
     # Two batches of one in each of two processes, and the rate is for 8.
     [group] = load(tmp_path / 'epoch_1.pth')['optimizer']['param_groups']
     assert group['lr'] == pytest.approx(1e-3 / 2)
+    # The config that is stored says so too, and not what MMEngine makes of it.
+    stored = Config.fromfile(tmp_path / 'fcmae.py', import_custom_modules=False)
+    assert stored.auto_scale_lr == dict(base_batch_size=8, enable=True)
 
 
 def test_sharded_training_is_distributed_training(
@@ -160,6 +164,25 @@ def test_resume_from_nowhere(
     with pytest.raises(SystemExit):
         run_here('train.py', 'seg.py', '--resume', 'absent.pth')
     assert 'argument --resume: there is no file absent.pth' in capsys.readouterr().err
+
+
+def test_resume_from_weights_alone(
+    run_here: RunHere, trained: dict[str, Path], tmp_path: Path
+) -> None:
+    weights = {'state_dict': load(trained['seg'])['state_dict']}
+    torch.save(weights, tmp_path / 'weights.pth')
+    where = ['--work-dir', str(tmp_path), '--resume', str(tmp_path / 'weights.pth')]
+    with pytest.raises(SystemExit, match=r'from .*weights\.pth: .* leave --resume out'):
+        run_here('train.py', 'seg.py', *where)
+
+
+def test_fewer_pictures_than_a_batch(run_here: RunHere, tmp_path: Path) -> None:
+    options = ['batch_size=5', 'drop_last=True', 'sampler.type=DefaultSampler']
+    options = [f'train_dataloader.{option}' for option in options]
+    where = ['--work-dir', str(tmp_path), '--cfg-options', *options]
+    message = r'4 pictures .* batch of 5 in each of 1 processes.* set .*batch_size'
+    with pytest.raises(SystemExit, match=message):
+        run_here('train.py', 'seg.py', *where)
 
 
 def test_auto_scale_lr_without_a_base_batch_size(run_here: RunHere) -> None:

@@ -26,7 +26,7 @@ def sample(seed: int = 0, channels: int = 3, mask: torch.Tensor = MASK) -> Any:
     size = [32 * side for side in mask.shape]
     # Beyond what can be shown on either side.
     both = torch.rand(2, channels, *size, generator=generator) * 400 - 70
-    element = BaseDataElement()
+    element = BaseDataElement(metainfo={'data_range': 255.0})
     element.set_data(
         {'mask': mask, 'picture': both[0], 'reconstruction': both[1], 'loss': 0.5}
     )
@@ -76,7 +76,8 @@ def test_data_range():
     each = sample()
     twice = sample()
     twice.picture, twice.reconstruction = 257 * each.picture, 257 * each.reconstruction
-    grid = reconstruction_grid([twice], data_range=65535)
+    twice.set_metainfo({'data_range': 65535.0})
+    grid = reconstruction_grid([twice])
     assert np.abs(grid.astype(int) - reconstruction_grid([each])).max() <= 1
 
 

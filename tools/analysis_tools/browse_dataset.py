@@ -99,12 +99,14 @@ def main() -> None:
     if args.output_dir:
         args.output_dir.mkdir(parents=True, exist_ok=True)
 
+    white = cfg.model.get('data_preprocessor', {}).get('data_range', 255.0)
     number = min(args.number or len(dataset), len(dataset))
     for i in range(number):
         item = dataset[i]
         inputs, sample = item['inputs'], item['data_samples']
         # MMCV loads colours as blue, green, red.
-        picture = displayable(inputs.flip(0) if len(inputs) == 3 else inputs)
+        colours = inputs.flip(0) if len(inputs) == 3 else inputs
+        picture = displayable(colours, white)
         name = f'{i:06d}_{Path(sample.img_path).stem}.png'
         where = dict(
             show=not args.not_show,

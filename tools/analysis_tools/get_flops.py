@@ -96,8 +96,8 @@ def count(model: nn.Module, pictures: Tensor) -> Count:
 def count_visible(model: FCMAE, pictures: Tensor) -> Count:
     if model.backbone.sparse != 'packed':
         raise SystemExit(
-            'What MinkowskiEngine computes is not counted. Count the same model without '
-            'it: --cfg-options model.backbone.sparse=packed.'
+            'What MinkowskiEngine computes is not counted. Count the same model '
+            'without it: --cfg-options model.backbone.sparse=packed.'
         )
     with FlopCounterMode(display=False) as counter:
         model(pictures)

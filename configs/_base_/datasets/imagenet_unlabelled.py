@@ -35,7 +35,6 @@ val_dataloader = dict(
         data_root=data_root,
         data_prefix=dict(img_path='val/'),
         pipeline=test_pipeline,
-        test_mode=True,
     ),
 )
 test_dataloader = val_dataloader

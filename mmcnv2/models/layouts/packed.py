@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..depthwise import DepthwiseConv2d, autocast, depthwise_gradients
+
 
 class PackedLayout:
     """Run on the visible patches of masked pictures: positions are ``T``, packed.
@@ -44,17 +46,11 @@ class PackedLayout:
         visible = patches.permute(0, 2, 4, 1, 3, 5)[self._places()]
         return self._tokens(conv(visible))
 
-    def depthwise(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
+    def depthwise(self, conv: DepthwiseConv2d, x: Tensor) -> Tensor:
         side = self._side(x)
         n, h, w = self.grid
-        # What autocast would do to the arguments of an ordinary convolution.
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
         return _VisibleDepthwise.apply(
-            x,
-            conv.weight.to(x.dtype),
-            conv.bias.to(x.dtype),
+            *autocast(x, conv.weight, conv.bias),
             self._rows(side),
             (n, h * side, w * side),
         )
@@ -117,19 +113,11 @@ class _VisibleDepthwise(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, weight, rows = ctx.saved_tensors
-        padding = weight.shape[-1] // 2
-        grad_picture, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad_picture, grad_weight = depthwise_gradients(
             _fill(grad, rows, ctx.size),
             _fill(x, rows, ctx.size),
             weight,
-            bias_sizes=None,
-            stride=[1, 1],
-            padding=[padding, padding],
-            dilation=[1, 1],
-            transposed=False,
-            output_padding=[0, 0],
-            groups=len(weight),
-            output_mask=[*ctx.needs_input_grad[:2], False],
+            ctx.needs_input_grad[:2],
         )
         # Of the tokens alone, which is much quicker than oneDNN's of the picture.
         grad_bias = grad.sum((0, 1)) if ctx.needs_input_grad[2] else None
