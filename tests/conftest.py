@@ -1,10 +1,13 @@
 """What tests of several folders need, and what keeps them independent."""
 
+import os
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
+from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
 
 needs_minkowski = pytest.mark.skipif(
@@ -31,9 +34,21 @@ def import_torchvision() -> None:
 
 import_torchvision()
 
+# Tests run in several processes, and start more: each with a thread is the quickest.
+torch.set_num_threads(1)
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+
 
 @pytest.fixture(autouse=True)
 def no_default_scope() -> Iterator[None]:
     """Forget the scope that a test's Runner has set: it changes how types are found."""
     yield
     DefaultScope._instance_dict.clear()
+
+
+@pytest.fixture
+def log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """What MMEngine's current logger is told, whichever tests have run before."""
+    logger = MMLogger.get_instance(str(tmp_path))
+    logger.addHandler(caplog.handler)
+    return caplog

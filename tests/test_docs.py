@@ -11,7 +11,6 @@ import torch
 from mmengine._strategy import BaseStrategy  # noqa: F401
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
-from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, MODELS, STRATEGIES, init_default_scope
 from torch import nn
@@ -148,14 +147,6 @@ def official(tmp_path, monkeypatch) -> dict[str, torch.Tensor]:
     monkeypatch.chdir(tmp_path)
     torch.save({'model': weights}, 'convnextv2_tiny_1k_224_ema.pt')
     return weights
-
-
-@pytest.fixture
-def log(caplog):
-    logger = MMLogger.get_instance('test_docs')
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 def test_checkpoints(official, tmp_path, log):

@@ -2,21 +2,12 @@
 
 import pytest
 import torch
-from mmengine.logging import MMLogger
 from torch import nn
 
 from mmcnv2.engine.conversion import TARGETS, convert_checkpoint
 from mmcnv2.models import ConvNeXtV2
 
 from .test_conversion import CUSTOM, assert_same, backbone, classifier, sparse
-
-
-@pytest.fixture
-def log(caplog):
-    logger = MMLogger.get_instance('test_pretrained')
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 def started(path, arch=CUSTOM, prefix=None, adapt_stem=False, **kwargs) -> nn.Module:

@@ -220,13 +220,7 @@ def run(tools_folder: Path) -> Run:
         path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
         result = subprocess.run(
             [*starter, str(ROOT / 'tools' / tool), *map(str, args)],
-            # One thread is quicker for pictures as small as these.
-            env={
-                **os.environ,
-                'PATH': path,
-                'OMP_NUM_THREADS': '1',
-                'PYTHONPATH': str(tools_folder),
-            },
+            env={**os.environ, 'PATH': path, 'PYTHONPATH': str(tools_folder)},
             cwd=tools_folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -1,6 +1,5 @@
 """Our demos under MMDetection's and MMSegmentation's own tools and inferencers."""
 
-import os
 import subprocess
 import sys
 from importlib.metadata import distributions
@@ -47,7 +46,6 @@ def train(library, config, scenes, work_dir, *options):
     command = [sys.executable, tool, CONFIGS / config, '--work-dir', work_dir]
     subprocess.run(
         [*map(str, command), '--cfg-options', *settings, *options],
-        env={**os.environ, 'OMP_NUM_THREADS': '1'},
         check=True,
         cwd=work_dir,
     )
