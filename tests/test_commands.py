@@ -28,6 +28,7 @@ from .test_docs import PAGES, ROOT, blocks, python_blocks
 PROGRAMS = [
     'apt-get',
     'dpkg',
+    'mim',
     'mypy',
     'pip',
     'pytest',

@@ -272,12 +272,14 @@ def DemoScenes(  # noqa: N802 - in configs it stands where a class name does
         counts: Number of pictures by split, see :func:`make_demo_scenes`.
         **kwargs: All else that the data set takes. ``metainfo`` defaults to the
             classes and their palette, with the background where ``data_prefix`` names
-            semantic maps.
+            semantic maps. With ``lazy_init``, by which inferencers ask for nothing but
+            these, no scenes are made.
 
     Returns:
         The data set itself, nothing around it.
     """
-    make_demo_scenes(data_root, seed, counts)
+    if not kwargs.get('lazy_init'):
+        make_demo_scenes(data_root, seed, counts)
     semantic = 'seg_map_path' in kwargs.get('data_prefix', {})
     metainfo = {
         'classes': SEMANTIC_CLASSES if semantic else CLASSES,

@@ -1,4 +1,4 @@
-"""What ``tools/train.py`` and ``tools/test.py`` have in common."""
+"""What the tools have in common."""
 
 import os
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
@@ -19,18 +19,11 @@ def add_common_arguments(parser: ArgumentParser) -> None:
         parser: Gets ``config``, ``--work-dir``, ``--cfg-options``, ``--launcher`` and
             ``--local_rank``.
     """
-    parser.add_argument('config', type=config_path, help='path of the config')
+    add_config_arguments(parser)
     parser.add_argument(
         '--work-dir',
         help="where logs and checkpoints go; the config's work_dir, or else "
         './work_dirs/ with the name of the config, if left out',
-    )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        help='settings that override the config, as key=value; a list is key="[a,b]" '
-        'or key=a,b, and the quotation marks are needed',
     )
     parser.add_argument(
         '--launcher',
@@ -40,6 +33,22 @@ def add_common_arguments(parser: ArgumentParser) -> None:
     )
     # torch.distributed.launch passes it; torchrun sets LOCAL_RANK instead.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+
+
+def add_config_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments that say which config is meant.
+
+    Args:
+        parser: Gets ``config`` and ``--cfg-options``.
+    """
+    parser.add_argument('config', type=config_path, help='path of the config')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        help='settings that override the config, as key=value; a list is key="[a,b]" '
+        'or key=a,b, and the quotation marks are needed',
+    )
 
 
 def config_path(text: str) -> str:
@@ -62,11 +71,17 @@ def checkpoint_path(text: str) -> str:
     )
 
 
-def load_config(args: Namespace) -> Config:
-    """Load the config that the common arguments describe."""
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+def read_config(args: Namespace) -> Config:
+    """Read the config that ``config`` and ``--cfg-options`` describe."""
     cfg = Config.fromfile(args.config)
     cfg.merge_from_dict(args.cfg_options or {})
+    return cfg
+
+
+def load_config(args: Namespace) -> Config:
+    """Read the config, ready for the run that the common arguments describe."""
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    cfg = read_config(args)
     cfg.launcher = args.launcher
     default_work_dir = str(Path('work_dirs', Path(args.config).stem))
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or default_work_dir

@@ -79,20 +79,42 @@ def _page(width: int, heights: list[int]) -> np.ndarray:
 
 def _row(sample: BaseDataElement) -> np.ndarray:
     """Give the three pictures (3, H, W, 3) of a sample."""
-    original = _displayable(sample.picture, sample.data_range)
-    mask = sample.mask.cpu().numpy()
-    patch = original.shape[0] // mask.shape[0]
-    hidden = mask.repeat(patch, 0).repeat(patch, 1)
-    masked = np.where(hidden[..., None], np.uint8(_HIDDEN), original)
-    reconstruction = _displayable(sample.reconstruction, sample.data_range)
+    original = displayable(sample.picture, sample.data_range)
+    masked = paint_mask(original, sample.mask)
+    reconstruction = displayable(sample.reconstruction, sample.data_range)
     return np.stack([original, masked, reconstruction])
 
 
-def _displayable(picture: Tensor, data_range: float) -> np.ndarray:
+def paint_mask(picture: np.ndarray, mask: Tensor) -> np.ndarray:
+    """Paint the hidden patches of a picture grey.
+
+    Args:
+        picture: (H, W, 3), of type uint8.
+        mask: (h, w), bool, True where a patch is hidden.
+
+    Returns:
+        The picture (H, W, 3) as FCMAE sees it.
+    """
+    patch = picture.shape[0] // mask.shape[0]
+    hidden = mask.cpu().numpy().repeat(patch, 0).repeat(patch, 1)
+    return np.where(hidden[..., None], np.uint8(_HIDDEN), picture)
+
+
+def displayable(picture: Tensor, data_range: float = 255.0) -> np.ndarray:
+    """Turn a picture of any number of channels into one that can be shown.
+
+    Args:
+        picture: (C, H, W). Of three and more channels the first three are shown as red,
+            green and blue, of fewer the first in grey.
+        data_range: The pixel value that is shown as white; zero is black.
+
+    Returns:
+        RGB picture (H, W, 3) of type uint8.
+    """
     channels = picture[:3] if len(picture) >= 3 else picture[:1].expand(3, -1, -1)
     values = channels.float() * (255 / data_range)
     values = values.round().clamp(0, 255).to('cpu', torch.uint8)
-    return values.permute(1, 2, 0).numpy()
+    return values.permute(1, 2, 0).contiguous().numpy()
 
 
 @HOOKS.register_module()

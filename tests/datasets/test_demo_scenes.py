@@ -179,6 +179,19 @@ def test_factory_builds_coco_dataset(root):
     assert len(sample['gt_bboxes']) == len(areas)
 
 
+def test_factory_tells_the_classes_without_scenes(tmp_path):
+    pytest.importorskip('mmdet.datasets')
+    config = {
+        'type': 'mmcnv2.DemoScenes',
+        'dataset_type': 'mmdet.CocoDataset',
+        'data_root': str(tmp_path / 'demo'),
+        'ann_file': 'annotations/train.json',
+        'lazy_init': True,
+    }
+    assert DATASETS.build(config).metainfo['palette'] == PALETTE
+    assert not list(tmp_path.iterdir())
+
+
 def instances_of(root: Path, image_id: int) -> list[dict]:
     annotations = json.loads((root / 'annotations/train.json').read_text())
     return [a for a in annotations['annotations'] if a['image_id'] == image_id]

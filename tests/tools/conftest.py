@@ -241,6 +241,7 @@ def run_here(
 
     def run_here(tool: str, *args: str) -> None:
         monkeypatch.chdir(tools_folder)
+        monkeypatch.syspath_prepend(tools_folder)
         monkeypatch.setattr(sys, 'argv', [tool, *args])
         monkeypatch.setenv('LOCAL_RANK', '0')
         runpy.run_path(str(ROOT / 'tools' / tool), run_name='__main__')

@@ -12,14 +12,29 @@ import numpy as np
 import pytest
 import torch
 from mmdet.apis import DetInferencer
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
 from mmseg.apis import MMSegInferencer
 
-from mmcnv2.datasets.demo_scenes import CLASSES, make_demo_scenes
+from mmcnv2.datasets.demo_scenes import (
+    CLASSES,
+    PALETTE,
+    SEMANTIC_CLASSES,
+    SEMANTIC_PALETTE,
+    make_demo_scenes,
+)
 
-CONFIGS = Path(__file__).resolve().parents[2] / 'configs' / 'demo'
+from ..test_docs import python_blocks
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / 'configs' / 'demo'
 COUNTS = dict(train=2, val=1, unlabelled=0)
 DETECTOR = 'mask-rcnn_convnextv2-atto_fpn_demo.py'
 SEGMENTOR = 'upernet_convnextv2-atto_demo.py'
+METAINFO = {
+    DETECTOR: (CLASSES, PALETTE),
+    SEGMENTOR: (SEMANTIC_CLASSES, SEMANTIC_PALETTE),
+}
 
 
 @pytest.fixture(scope='module')
@@ -27,10 +42,9 @@ def scenes(tmp_path_factory):
     return make_demo_scenes(tmp_path_factory.mktemp('scenes') / 'root', counts=COUNTS)
 
 
-def train(library, config, scenes, work_dir, *options):
-    """Train through the library's own ``tools/train.py``."""
-    tool = Path(library.__file__).parent / '.mim' / 'tools' / 'train.py'
-    settings = [
+def of_scenes(scenes):
+    """Give the settings with which a demo trains on the scenes."""
+    return [
         setting
         for split in ('train', 'val', 'test')
         for setting in (
@@ -43,9 +57,14 @@ def train(library, config, scenes, work_dir, *options):
             f'{split}_dataloader.persistent_workers=False',
         )
     ]
+
+
+def train(library, config, scenes, work_dir, *options):
+    """Train through the library's own ``tools/train.py``."""
+    tool = Path(library.__file__).parent / '.mim' / 'tools' / 'train.py'
     command = [sys.executable, tool, CONFIGS / config, '--work-dir', work_dir]
     subprocess.run(
-        [*map(str, command), '--cfg-options', *settings, *options],
+        [*map(str, command), '--cfg-options', *of_scenes(scenes), *options],
         check=True,
         cwd=work_dir,
     )
@@ -94,3 +113,29 @@ def test_mmsegmentation(scenes, tmp_path):
     assert out['predictions'].shape == (256, 256)
     assert set(np.unique(out['predictions'])) <= set(range(len(CLASSES) + 1))
     assert cv2.imread(str(tmp_path / 'vis' / picture_of(scenes).name)) is not None
+
+
+def test_readme(scenes, tmp_path, monkeypatch):
+    """Its lines run as they stand, on weights that have learnt nothing."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'configs').symlink_to(ROOT / 'configs')
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'data' / 'demo_scenes').symlink_to(scenes)
+    for config, checkpoint in ((DETECTOR, 'epoch_12'), (SEGMENTOR, 'iter_800')):
+        cfg = Config.fromfile(CONFIGS / config)
+        init_default_scope(cfg.default_scope)
+        weights = MODELS.build(cfg.model).state_dict()
+        classes, palette = METAINFO[config]
+        meta = dict(dataset_meta=dict(classes=classes, palette=palette))
+        name = config.replace('_demo.py', '_fcmae-pretrained_demo')
+        path = tmp_path / 'work_dirs' / name / f'{checkpoint}.pth'
+        path.parent.mkdir(parents=True)
+        torch.save({'state_dict': weights, 'meta': meta}, path)
+    (block,) = [each for each in python_blocks('README.md') if 'DetInferencer' in each]
+    names = {}
+    exec(block, names)
+    assert names['maps'].shape == (256, 256)
+    assert len(names['found']) == 1
+    for folder in ('detections', 'maps'):
+        painted = tmp_path / folder / 'vis' / picture_of(scenes).name
+        assert cv2.imread(str(painted)).shape == (256, 256, 3)
