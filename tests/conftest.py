@@ -10,7 +10,7 @@ import torch
 from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
 
-from mmcnv2.benchmarks.others import import_torchvision
+from mmcnv2.benchmarks.networks import import_torchvision
 
 needs_minkowski = pytest.mark.skipif(
     find_spec('MinkowskiEngine') is None,

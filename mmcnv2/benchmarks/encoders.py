@@ -12,28 +12,22 @@ from torch.nn import functional
 from ..models import ConvNeXtV2
 from ..models.layers import Block
 from ..models.layouts import DenseLayout, import_minkowski_engine
-from .others import SparKEncoder, build_present
+from .networks import SparKEncoder, build_ours, build_present
 
 # What packed is compared with.
 OTHERS = ('dense', 'dense-masked', 'dense-masked-plain', 'minkowski', 'spark')
 
 
-def build_encoder(arch: str) -> ConvNeXtV2:
-    """Build the encoder, with a GRN that does something.
+def build_packed(arch: str) -> ConvNeXtV2:
+    """Build the encoder, which runs on visible patches alone.
 
     Args:
         arch: Its size.
 
     Returns:
-        The encoder, which runs packed.
+        The encoder.
     """
-    torch.manual_seed(0)
-    encoder = ConvNeXtV2(arch, out_indices=(-1,), output_norm=False)
-    encoder.init_weights()
-    for name, param in encoder.named_parameters():
-        if '.grn.' in name:
-            nn.init.normal_(param, std=0.5)
-    return encoder
+    return build_ours(arch, out_indices=(-1,), output_norm=False)
 
 
 def build_others(

@@ -11,7 +11,7 @@ import argparse
 import torch
 from torch import Tensor, nn
 
-from mmcnv2.benchmarks.encoders import OTHERS, build_encoder, build_others, visible
+from mmcnv2.benchmarks.encoders import OTHERS, build_others, build_packed, visible
 from mmcnv2.benchmarks.timing import (
     Contender,
     add_arguments,
@@ -108,7 +108,7 @@ def rows_of(contenders: dict[str, Contender], mask: Tensor, **more) -> list[dict
 
 def main() -> None:
     args = parse_args()
-    packed = build_encoder(args.arch)
+    packed = build_packed(args.arch)
     others, absent = build_others(packed, args.against)
     encoders = {'packed': packed} | others
     encoders = {name: each.to(args.device) for name, each in encoders.items()}

@@ -1,4 +1,4 @@
-"""The same network in other libraries, with the same weights, where they import."""
+"""Our network, and the same in other libraries with the same weights."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -7,11 +7,13 @@ from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import torch
+from mmengine.model import trunc_normal_init
 from torch import Tensor, nn
 
 from ..engine.conversion import convert_weights
 from ..models import ConvNeXtV2
 from ..models.convnextv2 import NUM_STAGES, describe_arch
+from ..models.grn import GRN
 
 Built = TypeVar('Built')
 
@@ -55,6 +57,27 @@ def build_present(
             continue
         built[name] = build()
     return built, absent
+
+
+def build_ours(arch: str, **kwargs: Any) -> ConvNeXtV2:
+    """Build our network with weights that do something, GRN's too.
+
+    Args:
+        arch: Its size.
+        **kwargs: What else :class:`ConvNeXtV2` takes.
+
+    Returns:
+        The network, the same one each time.
+    """
+    torch.manual_seed(0)
+    ours = ConvNeXtV2(arch, **kwargs)
+    for module in ours.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            trunc_normal_init(module, std=0.02)
+        if isinstance(module, GRN):
+            nn.init.normal_(module.gamma, std=0.5)
+            nn.init.normal_(module.beta, std=0.5)
+    return ours
 
 
 def other_backbones(
