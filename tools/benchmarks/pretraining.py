@@ -88,7 +88,7 @@ def paint_pictures(folder: Path, args: argparse.Namespace) -> float:
     for i in range(args.pictures):
         chosen = rng.integers(len(scenes), size=shape)
         wall = np.vstack([np.hstack([scenes[j] for j in row]) for row in chosen])
-        grain = rng.normal(0, 4, (height, width, 3))
+        grain = rng.normal(0, 8, (height, width, 3))
         picture = (wall[:height, :width] + grain).clip(0, 255).astype(np.uint8)
         path = folder / f'{i:05}.jpg'
         cv2.imwrite(str(path), picture, [cv2.IMWRITE_JPEG_QUALITY, args.quality])
