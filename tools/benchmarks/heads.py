@@ -81,7 +81,7 @@ def parse_args() -> argparse.Namespace:
 
 
 class PlainMaps(nn.Module):
-    """A backbone whose maps are in plain memory order, as MMCV's RoIAlign reads them."""
+    """A backbone whose maps are in plain memory order, as RoIAlign reads them."""
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
@@ -92,11 +92,10 @@ class PlainMaps(nn.Module):
 
 
 def build_mask_rcnn(args: argparse.Namespace) -> nn.Module:
-    cfg = Config.fromfile(CONFIGS / 'mask-rcnn_convnextv2-tiny_fpn.py').model
-    cfg.backbone.arch = args.arch
-    cfg.neck.in_channels = list(ARCHITECTURES[args.arch]['dims'])
-    cfg.merge_from_dict(args.cfg_options)
-    model = MODELS.build(cfg)
+    dims = list(ARCHITECTURES[args.arch]['dims'])
+    cfg = Config.fromfile(CONFIGS / 'mask-rcnn_convnextv2-tiny_fpn.py')
+    cfg.merge_from_dict({'model.neck.in_channels': dims})
+    model = build(cfg, args)
     # Without training it would find nothing, and leave the mask head without work.
     model.roi_head.bbox_head.fc_cls.bias.data[0] = 5
     return model
@@ -104,14 +103,22 @@ def build_mask_rcnn(args: argparse.Namespace) -> nn.Module:
 
 def build_upernet(args: argparse.Namespace) -> nn.Module:
     dims = list(ARCHITECTURES[args.arch]['dims'])
-    cfg = Config.fromfile(CONFIGS / 'upernet_convnextv2-tiny.py').model
-    cfg.backbone.arch = args.arch
-    cfg.decode_head.in_channels = dims
-    cfg.auxiliary_head.in_channels = dims[2]
-    # Pictures of one size need no padding, but training asks for something.
-    cfg.data_preprocessor.size_divisor = 1
-    cfg.merge_from_dict(args.cfg_options)
-    return revert_sync_batchnorm(MODELS.build(cfg))
+    cfg = Config.fromfile(CONFIGS / 'upernet_convnextv2-tiny.py')
+    cfg.merge_from_dict(
+        {
+            'model.decode_head.in_channels': dims,
+            'model.auxiliary_head.in_channels': dims[2],
+            # Pictures of one size need no padding, but it asks for something.
+            'model.data_preprocessor.size_divisor': 1,
+        }
+    )
+    return revert_sync_batchnorm(build(cfg, args))
+
+
+def build(cfg: Config, args: argparse.Namespace) -> nn.Module:
+    given = {f'model.{key}': value for key, value in args.cfg_options.items()}
+    cfg.merge_from_dict({'model.backbone.arch': args.arch} | given)
+    return MODELS.build(cfg.model)
 
 
 BUILDERS: dict[str, Callable[[argparse.Namespace], nn.Module]] = {
