@@ -207,7 +207,8 @@ def report(
         print(f'Absent: {name} ({why}).')
     if args.json:
         figures = dict(arguments=told, machine=machine, absent=absent, rows=rows)
-        args.json.write_text(json.dumps(figures | more, indent=1) + '\n')
+        text = json.dumps(figures | more, indent=1, default=str)
+        args.json.write_text(text + '\n')
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
