@@ -212,7 +212,9 @@ def main() -> None:
     fits = (slope(changes, name, rows) for changes in args.by for name in ENCODERS)
     slopes = [fit for fit in fits if fit]
     report(args, rows, COLUMNS, slopes=slopes)
-    print(f'\nA patch has {STRIDE} x {STRIDE} pixels.\n\n{table(slopes, SLOPES)}')
+    print(f'\nA patch has {STRIDE} x {STRIDE} pixels.')
+    if slopes:
+        print(f'\n{table(slopes, SLOPES)}')
     if args.plot:
         plot(rows, args).savefig(args.plot)
 
