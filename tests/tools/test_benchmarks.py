@@ -259,3 +259,18 @@ def test_floor(figures: Callable) -> None:
         model(picture)
     expected = counter.get_total_flops() * 2 * 19 / 49
     assert counted * 1e9 == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ('given', 'message'),
+    [
+        (['--dtype', 'bfloat16'], 'give --models upernet'),
+        (['--cfg-options', 'decode_head.channels=16'], 'name it in --models'),
+    ],
+)
+def test_heads_say_what_cannot_be(
+    run_here: RunHere, capsys: Output, given: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit):
+        run_here('benchmarks/heads.py', *given)
+    assert message in capsys.readouterr().err

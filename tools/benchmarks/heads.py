@@ -77,7 +77,12 @@ def parse_args() -> argparse.Namespace:
         help='settings that override those of the model, as key=value, such as '
         'test_cfg.rcnn.max_per_img=20; they need a single one in --models',
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.dtype == 'bfloat16' and 'mask-rcnn' in args.models:
+        parser.error("MMCV's NMS knows no bfloat16: give --models upernet")
+    if args.cfg_options and len(args.models) > 1:
+        parser.error('--cfg-options are for a single model: name it in --models')
+    return args
 
 
 class PlainMaps(nn.Module):
