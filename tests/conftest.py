@@ -10,28 +10,14 @@ import torch
 from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
 
+from mmcnv2.benchmarks.networks import import_torchvision
+
 needs_minkowski = pytest.mark.skipif(
     find_spec('MinkowskiEngine') is None,
     reason='MinkowskiEngine is not installed: bash tools/install_minkowski.sh',
 )
 
-
-def import_torchvision() -> None:
-    """Make timm and mmpretrain, which import torchvision, importable.
-
-    The build on PyPI is for CUDA. Beside a torch without, its compiled operators do not
-    load, and it fails to import only because two are unknown. Nothing here uses them.
-    """
-    if find_spec('torchvision') is None:
-        return
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        for name in ('nms', 'qnms'):
-            schema = '(Tensor dets, Tensor scores, float iou_threshold) -> Tensor'
-            torch.library.define(f'torchvision::{name}', schema)
-
-
+# Some tests are of timm and mmpretrain.
 import_torchvision()
 
 # Tests run in several processes, and start more: each with a thread is the quickest.

@@ -1,0 +1,253 @@
+"""How contenders are measured in one process, and how the figures are told."""
+
+import json
+import os
+import platform
+import sys
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from mmengine.device import get_device
+from torch import Tensor, nn
+
+from ..models import ARCHITECTURES
+
+DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16)
+
+# How far the outputs of equal networks may lie apart, as a share of the largest value.
+_TOLERANCES = dict(float32=1e-3, bfloat16=5e-2)
+# Those whose kernels PyTorch chooses by.
+_CPU_FLAGS = ('avx2', 'fma', 'avx512f', 'avx512_vnni', 'avx512_bf16', 'amx_bf16')
+_LIBRARIES = (
+    'torch',
+    'mmcnv2',
+    'mmengine',
+    'mmcv',
+    'mmdet',
+    'mmseg',
+    'mmpretrain',
+    'timm',
+    'transformers',
+    'MinkowskiEngine',
+)
+
+
+def add_arguments(
+    parser: ArgumentParser, batch_size: int | None = 8, rounds: int = 7
+) -> None:
+    """Add the arguments that all benchmarks share.
+
+    Args:
+        parser: Gets ``--arch``, ``--batch-size``, ``--dtype``, ``--device``,
+            ``--rounds`` and ``--json``.
+        batch_size: The default.
+        rounds: The default.
+    """
+    parser.add_argument('--arch', choices=ARCHITECTURES, default='tiny')
+    parser.add_argument('--batch-size', type=int, default=batch_size)
+    parser.add_argument(
+        '--dtype',
+        choices=DTYPES,
+        default='float32',
+        help='bfloat16 is autocast, weights stay in float32',
+    )
+    parser.add_argument('--device', default=get_device())
+    parser.add_argument(
+        '--rounds', type=int, default=rounds, help='in each, every contender runs once'
+    )
+    parser.add_argument('--json', type=Path, help='file for the figures')
+
+
+def autocast(args: Namespace) -> torch.autocast:
+    """Return the context that ``--dtype`` and ``--device`` describe."""
+    device = torch.device(args.device).type
+    dtype = DTYPES[args.dtype]
+    return torch.autocast(device, torch.bfloat16, enabled=dtype != torch.float32)
+
+
+@dataclass(eq=False)
+class Contender:
+    """What takes turns with others, and what has been measured of it.
+
+    Attributes:
+        what: What it is, by column of the table.
+        step: What is measured.
+        model: Whose gradients are dropped before a step is timed, as in training.
+        seconds: Of each step.
+        peak: The most that was allocated at once in a step, in bytes. Weights are not
+            in it, nor gradients, which are there before.
+    """
+
+    what: dict[str, Any]
+    step: Callable[[], Any]
+    model: nn.Module
+    seconds: list[float] = field(default_factory=list)
+    peak: int = 0
+
+    def row(self) -> dict[str, Any]:
+        """Return the figures by column of the table."""
+        return dict(
+            self.what,
+            seconds=median(self.seconds),
+            fastest=min(self.seconds),
+            slowest=max(self.seconds),
+            peak_mib=self.peak / 2**20,
+        )
+
+
+def measure(contenders: Sequence[Contender], rounds: int, device: str) -> None:
+    """Measure contenders in turns.
+
+    Args:
+        contenders: All of them. Each is warmed up first, and its memory measured.
+        rounds: How often each is timed.
+        device: Where they run.
+    """
+    for each in contenders:
+        # Until gradients exist.
+        each.step()
+        each.peak = peak_bytes(each.step, device)
+    for number in range(rounds):
+        # There and back, so that nobody always runs after the same one.
+        for each in contenders[:: (-1) ** number]:
+            each.model.zero_grad()
+            each.seconds.append(seconds(each.step, device))
+
+
+def seconds(step: Callable[[], Any], device: str) -> float:
+    """Return how long a step takes."""
+    synchronise(device)
+    start = time.perf_counter()
+    step()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+def synchronise(device: str) -> None:
+    """Wait until all is done that a GPU was told to do."""
+    if torch.device(device).type == 'cuda':
+        torch.cuda.synchronize(device)
+
+
+def peak_bytes(step: Callable[[], Any], device: str) -> int:
+    """Return the most that PyTorch allocates at once during a step, in bytes."""
+    if torch.device(device).type == 'cuda':
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        step()
+    events = profiler.profiler.kineto_results.events()
+    allocations = [event for event in events if event.name() == '[memory]']
+    now = peak = 0
+    for event in sorted(allocations, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """Return the largest difference, as a share of the largest value expected."""
+    apart = (found.float() - expected.float()).abs().max()
+    return float(apart / expected.float().abs().max())
+
+
+def check_agreement(name: str, apart: float, args: Namespace) -> None:
+    """Stop unless a contender computes what the others do.
+
+    Args:
+        name: Of the contender.
+        apart: Its :func:`difference` from ours.
+        args: With ``dtype``.
+
+    Raises:
+        RuntimeError: If it lies too far apart.
+    """
+    # Not a number is no agreement either.
+    if not apart <= _TOLERANCES[args.dtype]:
+        raise RuntimeError(
+            f'{name} computes something else: it differs from ours by {apart:.1e} of '
+            f'the largest value, and {_TOLERANCES[args.dtype]:.0e} is allowed in '
+            f'{args.dtype}'
+        )
+
+
+def report(
+    args: Namespace,
+    rows: Sequence[Mapping[str, Any]],
+    columns: Mapping[str, str],
+    absent: Mapping[str, str] | None = None,
+    **more: Any,
+) -> None:
+    """Print the figures as a table, and write them to ``--json``.
+
+    Args:
+        args: Of the command line.
+        rows: The figures.
+        columns: How to write a row in each column, by the column's head.
+        absent: Why a contender did not run, by its name.
+        **more: What else there is to write to the file.
+    """
+    machine = describe_machine(args.device)
+    absent = absent or {}
+    told = {name: value for name, value in vars(args).items() if name != 'json'}
+    print('; '.join(f'{name}: {_tell(value)}' for name, value in told.items()))
+    print('; '.join(f'{name}: {_tell(value)}' for name, value in machine.items()))
+    print(f'\n{table(rows, columns)}')
+    if absent:
+        print()
+    for name, why in absent.items():
+        print(f'Absent: {name} ({why}).')
+    if args.json:
+        figures = dict(arguments=told, machine=machine, absent=absent, rows=rows)
+        text = json.dumps(figures | more, indent=1, default=str)
+        args.json.write_text(text + '\n')
+
+
+def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
+    """Return a table in Markdown; arguments as of :func:`report`."""
+    lines = [[form.format(**row) for form in columns.values()] for row in rows]
+    heads = [list(columns), ['---'] * len(columns)]
+    return '\n'.join(f'| {" | ".join(line)} |' for line in heads + lines)
+
+
+def describe_machine(device: str) -> dict[str, Any]:
+    """Return what the figures depend on: hardware, threads and versions."""
+    model, flags = _processor()
+    machine: dict[str, Any] = dict(
+        cpu=model,
+        flags=[flag for flag in _CPU_FLAGS if flag in flags],
+        cores=len(os.sched_getaffinity(0)),
+        threads=torch.get_num_threads(),
+        kernels=torch.backends.cpu.get_cpu_capability(),
+    )
+    if torch.device(device).type == 'cuda':
+        machine['gpu'] = torch.cuda.get_device_name(device)
+    loaded = {name: sys.modules[name] for name in _LIBRARIES if name in sys.modules}
+    versions = {name: module.__version__ for name, module in loaded.items()}
+    return machine | dict(versions=dict(python=platform.python_version(), **versions))
+
+
+def _processor() -> tuple[str, list[str]]:
+    """Return the name of the CPU and its flags, as far as the system tells."""
+    path = Path('/proc/cpuinfo')
+    lines = path.read_text().splitlines() if path.exists() else []
+    pairs = (line.split(':', 1) for line in lines if ':' in line)
+    told = {name.strip(): value.strip() for name, value in pairs}
+    return told.get('model name', platform.machine()), told.get('flags', '').split()
+
+
+def _tell(value: Any) -> str:
+    """Write a value as one would say it."""
+    if isinstance(value, Mapping):
+        return ', '.join(f'{name} {_tell(each)}' for name, each in value.items())
+    if isinstance(value, list | tuple):
+        return ' '.join(map(_tell, value))
+    return str(value)
