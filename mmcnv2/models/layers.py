@@ -56,8 +56,7 @@ class Block(nn.Module):
         self.grn = GRN(4 * dim) if use_grn else nn.Identity()
         self.pwconv2 = nn.Linear(4 * dim, dim)
         # By its name in the official code of the first version.
-        scale = None if use_grn else nn.Parameter(torch.full((dim,), 1e-6))
-        self.register_parameter('gamma', scale)
+        self.gamma = None if use_grn else nn.Parameter(torch.full((dim,), 1e-6))
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
