@@ -52,7 +52,9 @@ class Variant(NamedTuple):
     pretrained: str | None = None
 
     def __str__(self) -> str:
-        return f'{self.block}-from-{self.pretrained or "random"}'
+        if self.pretrained in (None, self.block):
+            return f'{self.block}-{"pretrained" if self.pretrained else "random"}'
+        return f'{self.block}-pretrained-as-{self.pretrained}'
 
 
 COMPARED = tuple(Variant(block, start) for block in BLOCKS for start in (None, block))
@@ -201,8 +203,6 @@ def save_backbones(args: argparse.Namespace, cfg: Config) -> list[Path]:
 
 
 def random_weights(cfg: Config, block: str) -> dict[str, torch.Tensor]:
-    # What MMEngine tells of each parameter is of no interest here.
-    MMLogger.get_instance('miniature', log_level='WARNING')
     torch.manual_seed(0)
     model = MODELS.build({**cfg.model.backbone, 'use_grn': block == 'V2'})
     model.init_weights()
@@ -333,6 +333,8 @@ def main() -> None:
     check_recipes(args)
     cfg = Config.fromfile(args.configs / 'pretraining.py')
     init_default_scope('mmcnv2')
+    # MMEngine would tell of each parameter how it starts.
+    MMLogger.get_instance('miniature', log_level='WARNING')
 
     dataset = cfg.test_dataloader.dataset
     pictures = Path(dataset.data_root, dataset.data_prefix.img_path)

@@ -1,5 +1,7 @@
-# A quarter of the demo.
+# In batches of half the size a step takes half the time, and teaches nearly as much.
 _base_ = '../upernet_convnextv2-atto_demo.py'
 
-train_cfg = dict(max_iters=200, val_interval=200)
-default_hooks = dict(checkpoint=dict(interval=200, save_optimizer=False))
+train_dataloader = dict(batch_size=4)
+train_cfg = dict(max_iters=350, val_interval=350)
+default_hooks = dict(checkpoint=dict(interval=350, save_optimizer=False))
+auto_scale_lr = dict(base_batch_size=4)
