@@ -251,7 +251,7 @@ def run_all(
                 then() if then else None
     finally:
         for job in running.values():
-            job.terminate()
+            os.killpg(job.pid, signal.SIGTERM)
         for job in running.values():
             job.wait()
 
@@ -264,6 +264,8 @@ def start(run: Run) -> subprocess.Popen:
             [sys.executable, *run.command],
             stdout=log,
             stderr=subprocess.STDOUT,
+            # A group, to end loader workers too, which would outlive their run.
+            start_new_session=True,
             # Several runs with a thread each are quicker than one with several.
             env={'OMP_NUM_THREADS': '1', **os.environ},
         )

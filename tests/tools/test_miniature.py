@@ -150,14 +150,20 @@ def test_several_at_a_time(tool: dict, tmp_path: Path) -> None:
 
 
 def test_a_failure_stops_the_others_and_is_told(tool: dict, tmp_path: Path) -> None:
-    forever = tool['Run'](tmp_path / 'a', ('-c', 'import time; time.sleep(600)'))
-    fails = tool['Run'](tmp_path / 'b', ('-c', 'raise SystemExit("no picture")'))
+    # As training does, with a worker.
+    nap = 'import subprocess; job = subprocess.Popen(["sleep", "600"]); '
+    nap += 'print(job.pid, flush=True); job.wait()'
+    forever = tool['Run'](tmp_path / 'a', ('-c', nap))
+    fail = 'import time; time.sleep(2); raise SystemExit("no picture")'
+    fails = tool['Run'](tmp_path / 'b', ('-c', fail))
     begin = time.monotonic()
     with pytest.raises(SystemExit, match=r'b failed with status 1:\nno picture\n.*log'):
         tool['run_all']([forever, fails], 2)
     assert time.monotonic() - begin < 60
     assert not forever.end.exists()
     assert not fails.end.exists()
+    worker = Path('/proc', forever.log.read_text().strip(), 'stat')
+    assert not worker.exists() or worker.read_text().split()[2] == 'Z'
 
 
 def test_table(tool: dict) -> None:
