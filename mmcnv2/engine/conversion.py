@@ -26,7 +26,7 @@ import torch
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
-from ..models.convnextv2 import NUM_STAGES, ConvNeXtV2, describe_arch
+from ..models.convnextv2 import NUM_STAGES, ConvNeXtV2, describe_arch, has_grn
 from ..models.fcmae import FCMAEDecoder
 from .checkpoint import import_safetensors
 
@@ -38,6 +38,8 @@ _DECODER = 'neck.'
 _NORMS_BETWEEN = ('backbone.norm0.', 'backbone.norm1.', 'backbone.norm2.')
 _FIRST = 'backbone.stages.0.0.dwconv.weight'
 _STEM = 'backbone.downsample_layers.0.0.weight'
+# Of the first version, which has it in place of GRN.
+_LAYER_SCALE = 'backbone.stages.0.0.gamma'
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class CheckpointFormat:
         flat_grn: Whether GRN's parameters are vectors, and not ``(1, 1, 1, C)``.
         conv_sizes: The sizes whose pointwise layers are 1x1 convolutions, and not
             linear.
+        first_version: Whether the first ConvNeXt, without GRN, is stored so too.
     """
 
     rules: tuple[tuple[str, str], ...] = ()
@@ -62,6 +65,7 @@ class CheckpointFormat:
     holder: str | None = None
     flat_grn: bool = False
     conv_sizes: tuple[str, ...] = ()
+    first_version: bool = True
 
     def name(self, ours: str) -> str | None:
         """Return their name of a parameter, or None if there is no place for it."""
@@ -138,6 +142,7 @@ FORMATS: dict[str, CheckpointFormat] = {
             (r'^head\.fc', 'classifier'),
         ),
         no_place=(*_NORMS_BETWEEN, _DECODER),
+        first_version=False,
     ),
     # ConvNextV2Backbone, which counts its stages from one.
     'transformers-backbone': CheckpointFormat(
@@ -150,6 +155,7 @@ FORMATS: dict[str, CheckpointFormat] = {
             (r'^backbone\.', ''),
         ),
         no_place=('head.', _DECODER),
+        first_version=False,
     ),
     'mmpretrain': CheckpointFormat(
         rules=(('dwconv', 'depthwise_conv'), ('pwconv', 'pointwise_conv')),
@@ -258,6 +264,11 @@ def convert_weights(
     model = _empty_model(looked_up)
     shapes = {name: param.shape for name, param in model.named_parameters()}
     backbone = cast(ConvNeXtV2, model['backbone'])
+    if not (backbone.use_grn or FORMATS[to].first_version):
+        raise ValueError(
+            f"it is a ConvNeXt without GRN, of the first version, which '{to}' has no "
+            'place for; convert it to another format, or take one with GRN'
+        )
     size = describe_arch(backbone.depths, backbone.dims)
     converted, used = {}, set()
     for ours, name in _match(looked_up, shapes).items():
@@ -388,10 +399,10 @@ class _Source:
 
     def incomplete(self, missing: Sequence[str]) -> ValueError:
         """Return the error that tells what is missing."""
-        if not any('grn' in name for name in self.weights):
+        if not has_grn(self.weights) and _LAYER_SCALE not in self:
             return ValueError(
-                'it seems to be a ConvNeXt of the first version, which has no GRN; '
-                f'expected was a ConvNeXt V2, with {_some(missing)}'
+                'it has neither GRN, as a ConvNeXt V2, nor LayerScale, as one of the '
+                f'first version; expected was {_some(missing)}'
             )
         return ValueError(
             f"it is in the format '{self.key}' by its names, but without "
@@ -412,7 +423,8 @@ def _empty_model(source: _Source) -> nn.ModuleDict:
     stem = source[_STEM]
     channels = stem.shape[1] if stem.dim() == 4 else 3
     with torch.device('meta'):
-        backbone = ConvNeXtV2(dict(depths=depths, dims=dims), channels)
+        use_grn = _LAYER_SCALE not in source
+        backbone = ConvNeXtV2(dict(depths=depths, dims=dims), channels, use_grn=use_grn)
         model = nn.ModuleDict(dict(backbone=backbone))
         if 'head.fc.bias' in source:
             classifier = nn.Linear(dims[-1], source['head.fc.bias'].numel())
@@ -420,7 +432,7 @@ def _empty_model(source: _Source) -> nn.ModuleDict:
         if 'neck.mask_token' in source:
             width = source['neck.mask_token'].numel()
             depth = source.count('neck.decoder.{}.dwconv.weight')
-            model['neck'] = FCMAEDecoder(dims[-1], channels, width, depth)
+            model['neck'] = FCMAEDecoder(dims[-1], channels, width, depth, use_grn)
     return model
 
 

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,6 +62,8 @@ class ConvNeXtV2(BaseModule):
             stage, and so on. Defaults to -1.
         output_norm (bool): Normalise the features of each stage. FCMAE's decoder takes
             them as they are. Defaults to True.
+        use_grn (bool): Whether blocks have GRN. Those without are of the first ConvNeXt
+            and have LayerScale, as the paper compares them. Defaults to True.
         gap_before_final_norm (bool): Average the features of each stage over the
             picture before they are normalised, and return vectors, as classifiers
             need them. Defaults to False.
@@ -88,6 +90,7 @@ class ConvNeXtV2(BaseModule):
         drop_path_rate: float = 0.0,
         frozen_stages: int = -1,
         output_norm: bool = True,
+        use_grn: bool = True,
         gap_before_final_norm: bool = False,
         sparse: str = 'packed',
         with_cp: bool = False,
@@ -98,6 +101,7 @@ class ConvNeXtV2(BaseModule):
         self.in_channels = in_channels
         self.out_indices = _resolve_out_indices(out_indices)
         self.frozen_stages = frozen_stages
+        self.use_grn = use_grn
         self.gap_before_final_norm = gap_before_final_norm
         self.sparse = sparse
         self.with_cp = with_cp
@@ -120,7 +124,7 @@ class ConvNeXtV2(BaseModule):
         for i in range(self.out_indices[-1] + 1):
             dim = self.dims[i]
             self.downsample_layers.append(self._make_downsample(i))
-            blocks = [Block(dim, next(rate)) for _ in range(self.depths[i])]
+            blocks = [Block(dim, next(rate), use_grn) for _ in range(self.depths[i])]
             self.stages.append(nn.Sequential(*blocks))
             if i in self.out_indices:
                 norm = nn.LayerNorm(dim, eps=1e-6) if output_norm else nn.Identity()
@@ -239,12 +243,14 @@ class ConvNeXtV2(BaseModule):
             return
         shapes = [tuple(at[name]) if name in at else 'absent' for at in (found, ours)]
         raise RuntimeError(
-            f'the backbone is a ConvNeXt V2 of {describe_arch(self.depths, self.dims)} '
-            f'for pictures of {self.in_channels} channels, but the checkpoint holds '
-            f"{_describe_weights(weights)}; '{name}' is {shapes[0]} there, and "
-            f'{shapes[1]} in the backbone. Take a checkpoint of this size, or set the '
-            "backbone's arch and in_channels to those of the checkpoint, or "
-            'adapt_stem=True in its init_cfg if nothing but the channels differ'
+            f'the backbone is a ConvNeXt V2 of {describe_arch(self.depths, self.dims)}'
+            f'{_describe_block(self.use_grn)} for pictures of {self.in_channels} '
+            f'channels, but the checkpoint holds {_describe_weights(weights)}; '
+            f"'{name}' is {shapes[0]} there, and {shapes[1]} in the backbone. Take a "
+            "checkpoint of this size, or set the backbone's arch, in_channels and "
+            'use_grn to those of the checkpoint; if nothing but the channels differ, '
+            'set adapt_stem=True in its init_cfg, and adapt_grn=True if nothing but '
+            'GRN does'
         )
 
     def train(self, mode: bool = True) -> 'ConvNeXtV2':
@@ -346,8 +352,23 @@ def _describe_weights(weights: Mapping[str, Tensor]) -> str:
     stages = Counter(match[1] for match in map(blocks, weights) if match)
     depths = [stages[str(i)] for i in range(NUM_STAGES)]
     what = describe_arch(depths, [len(weights[name]) for name in firsts])
-    version = '' if any('grn' in name for name in weights) else ' without GRN (V1)'
-    return f'that of {what}{version}'
+    return f'that of {what}{_describe_block(has_grn(weights))}'
+
+
+def _describe_block(use_grn: bool) -> str:
+    return '' if use_grn else ' without GRN (V1)'
+
+
+def has_grn(weights: Iterable[str]) -> bool:
+    """Tell by the names of weights, whoever has given them, whether there is GRN.
+
+    Args:
+        weights (Iterable[str]): The names.
+
+    Returns:
+        bool: Whether there is.
+    """
+    return any('.grn.' in name for name in weights)
 
 
 def _rename_from_mmpretrain(weights: dict[str, Tensor], prefix: str) -> None:

@@ -20,8 +20,8 @@ class FCMAE(BaseModel):
     Args:
         backbone (dict): The encoder, a :class:`ConvNeXtV2`. Its ``out_indices`` and
             ``output_norm`` are set here: the last stage alone, without output norm.
-        neck (dict): The decoder, a :class:`FCMAEDecoder`; its ``in_channels`` and
-            ``picture_channels`` follow from the backbone.
+        neck (dict): The decoder, a :class:`FCMAEDecoder`; its ``in_channels``,
+            ``picture_channels`` and ``use_grn`` follow from the backbone.
         head (dict): The loss, a :class:`FCMAEHead`.
         data_preprocessor (dict): A :class:`FCMAEDataPreprocessor`.
         mask_ratio (float): Share of the patches that is hidden, in (0, 1).
@@ -54,11 +54,12 @@ class FCMAE(BaseModel):
         self.mask_ratio = mask_ratio
         self.test_mask_seed = test_mask_seed
         self.backbone = _build_encoder(backbone)
-        channels = dict(
+        follows = dict(
             in_channels=self.backbone.dims[-1],
             picture_channels=self.backbone.in_channels,
+            use_grn=self.backbone.use_grn,
         )
-        self.neck = MODELS.build({**channels, **neck})
+        self.neck = MODELS.build({**follows, **neck})
         self.head = MODELS.build(head)
 
     def forward(
@@ -213,6 +214,7 @@ class FCMAEDecoder(BaseModule):
         picture_channels (int): Channels of the pictures. Defaults to 3.
         decoder_dim (int): Width. Defaults to 512.
         decoder_depth (int): Number of blocks. Defaults to 1.
+        use_grn (bool): Whether blocks have GRN, or else LayerScale. Defaults to True.
         init_cfg (dict | list[dict], optional): Initialisation, MMEngine's. Defaults to
             truncated normal weights (std 0.02) and zero biases.
     """
@@ -223,12 +225,15 @@ class FCMAEDecoder(BaseModule):
         picture_channels: int = 3,
         decoder_dim: int = 512,
         decoder_depth: int = 1,
+        use_grn: bool = True,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         super().__init__(INIT_CFG if init_cfg is None else init_cfg)
         self.proj = nn.Linear(in_channels, decoder_dim)
         self.mask_token = nn.Parameter(torch.empty(decoder_dim))
-        self.decoder = nn.ModuleList(Block(decoder_dim) for _ in range(decoder_depth))
+        self.decoder = nn.ModuleList(
+            Block(decoder_dim, use_grn=use_grn) for _ in range(decoder_depth)
+        )
         self.pred = nn.Linear(decoder_dim, STRIDE * STRIDE * picture_channels)
         nn.init.normal_(self.mask_token, std=0.02)
 

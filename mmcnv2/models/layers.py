@@ -1,5 +1,6 @@
 """The block of ConvNeXt V2 and its parts, on channels-last tensors ``(N, ..., C)``."""
 
+import torch
 from torch import Tensor, nn
 
 from .depthwise import DepthwiseConv2d
@@ -36,20 +37,26 @@ class DropPath(nn.Module):
 class Block(nn.Module):
     """ConvNeXt V2 block: 7x7 depthwise, norm, expand, GELU, GRN, project, residual.
 
+    Without GRN it is that of the first ConvNeXt, which has LayerScale instead: a factor
+    for each channel, 1e-6 at the start, before the residual is added.
+
     Args:
         dim (int): Number of channels.
         drop_path (float): Probability of dropping the residual branch of a picture.
             Defaults to 0.
+        use_grn (bool): Whether it has GRN, or else LayerScale. Defaults to True.
     """
 
-    def __init__(self, dim: int, drop_path: float = 0.0) -> None:
+    def __init__(self, dim: int, drop_path: float = 0.0, use_grn: bool = True) -> None:
         super().__init__()
         self.dwconv = DepthwiseConv2d(dim)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.pwconv1 = nn.Linear(dim, 4 * dim)
         self.act = nn.GELU()
-        self.grn = GRN(4 * dim)
+        self.grn = GRN(4 * dim) if use_grn else nn.Identity()
         self.pwconv2 = nn.Linear(4 * dim, dim)
+        # By its name in the official code of the first version.
+        self.gamma = None if use_grn else nn.Parameter(torch.full((dim,), 1e-6))
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
@@ -63,12 +70,13 @@ class Block(nn.Module):
             Tensor: Features of the same shape.
         """
         y = self.pwconv1(self.norm(layout.depthwise(self.dwconv, x)))
-        return x + self.drop_path(self._contract(y))
+        y = self._contract(y)
+        return x + self.drop_path(y if self.gamma is None else self.gamma * y)
 
     def _contract(self, y: Tensor) -> Tensor:
         """Activate, normalise and project."""
         modules = (self.act, self.grn, self.pwconv2)
         observed = any(m._forward_hooks or m._forward_pre_hooks for m in modules)
-        if observed or not is_quicker_folded(y):
-            return self.pwconv2(self.grn(self.act(y)))
-        return activate_and_project(y, self.grn, self.pwconv2)
+        if isinstance(self.grn, GRN) and not observed and is_quicker_folded(y):
+            return activate_and_project(y, self.grn, self.pwconv2)
+        return self.pwconv2(self.grn(self.act(y)))

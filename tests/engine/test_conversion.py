@@ -93,7 +93,7 @@ def classifier(column: str, **kwargs) -> Weights:
         if column in ('timm', 'mmpretrain') and 'grn' in layer:
             value = value.flatten()
         prefix = PREFIXES.get(column, '')
-        weights[f'{prefix}{layers(column)[layer]}.{kind}'] = value
+        weights[f'{prefix}{layers(column).get(layer, layer)}.{kind}'] = value
     shape = (CLASSES, CUSTOM['dims'][-1])
     generator = torch.Generator().manual_seed(1)
     for kind, size in (('weight', shape), ('bias', shape[:1])):
@@ -163,6 +163,25 @@ def test_every_pair_of_formats(source, target):
         f'{source} -> {target}: depths (1, 2, 1, 2) and dims (6, 10, 14, 22), '
         f'{len(weights)} tensors converted, left out: nothing'
     )
+
+
+@pytest.mark.parametrize('target', ['official', 'timm', 'mmpretrain'])
+def test_first_version(target):
+    """LayerScale has the same name and shape everywhere, and GRN has none."""
+    decoder = FCMAEDecoder(CUSTOM['dims'][-1], 3, 8, use_grn=False).state_dict()
+    weights = classifier('ours', use_grn=False)
+    there = convert_weights(weights, target).weights
+    plain = {k: v for k, v in classifier(target).items() if 'grn' not in k}
+    scales = {k: v for k, v in there.items() if k.endswith('gamma')}
+    block = '.blocks' if target == 'timm' else ''
+    assert f'{PREFIXES.get(target, "")}stages.1{block}.1.gamma' in scales
+    assert_same(there, {**plain, **scales})
+    assert_same(convert_weights(there, 'ours').weights, weights)
+
+    neck = {f'neck.{name}': value for name, value in decoder.items()}
+    assert_same(convert_weights({**weights, **neck}, 'ours').weights, weights | neck)
+    with pytest.raises(ValueError, match="first version, which 'transformers' has no"):
+        convert_weights(there, 'transformers')
 
 
 @pytest.mark.parametrize('target', ['mmpretrain', 'transformers-backbone'])
@@ -252,9 +271,10 @@ def test_timm_classifies_the_same():
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert_same(convert_weights(twin.state_dict(), 'official').weights, weights)
 
-    small = convnext.convnextv2_atto().state_dict()
-    there = convert_weights(small, 'ours').weights
-    assert_same(convert_weights(there, 'timm').weights, small)
+    for build in (convnext.convnextv2_atto, convnext.convnext_atto):
+        small = build().state_dict()
+        there = convert_weights(small, 'ours').weights
+        assert_same(convert_weights(there, 'timm').weights, small)
 
 
 def test_mmpretrain_classifies_the_same():
@@ -479,11 +499,6 @@ def without(pattern: str) -> Weights:
     return {k: v for k, v in classifier('timm').items() if not re.search(pattern, k)}
 
 
-def first_version() -> Weights:
-    scales = {f'stages.{i}.blocks.0.gamma': torch.ones(6) for i in range(4)}
-    return {**without('grn'), **scales}
-
-
 @pytest.mark.parametrize(
     ('weights', 'message'),
     [
@@ -493,7 +508,7 @@ def first_version() -> Weights:
             r"'conv1.weight'; expected was one of\n  stages.0.0.dwconv.weight \(off",
         ),
         ({}, 'It holds 0 tensors'),
-        (first_version(), r'first version, which has no GRN.* V2, with .*grn\.weight'),
+        (without('grn'), r'neither GRN, as .*, nor LayerScale, .* was .*grn\.weight'),
         (without('^stages.3'), r'stages have \[1, 2, 1, 0\] blocks; a whole'),
         (
             without(r'^stem\.0\.weight'),

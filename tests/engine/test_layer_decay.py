@@ -19,9 +19,10 @@ NUM_LAYERS = {(3, 3, 9, 3): 6, (3, 3, 27, 3): 12}
 
 
 class Model(nn.Module):
-    def __init__(self, depths=(3, 3, 9, 3)):
+    def __init__(self, depths=(3, 3, 9, 3), use_grn=True):
         super().__init__()
-        self.backbone = ConvNeXtV2(dict(depths=depths, dims=(4, 6, 8, 10)))
+        arch = dict(depths=depths, dims=(4, 6, 8, 10))
+        self.backbone = ConvNeXtV2(arch, use_grn=use_grn)
         self.head = nn.Conv2d(10, 3, 1)
 
 
@@ -47,10 +48,11 @@ def settings(model, **paramwise_cfg):
     return dict(rows)
 
 
+@pytest.mark.parametrize('use_grn', [True, False], ids=['V2', 'V1'])
 @pytest.mark.parametrize('depths', NUM_LAYERS, ids=str)
 @pytest.mark.parametrize('decay_type', ['layer_wise', 'stage_wise'])
-def test_is_the_published_rule(depths, decay_type):
-    model = Model(depths)
+def test_is_the_published_rule(depths, decay_type, use_grn):
+    model = Model(depths, use_grn)
     num_layers = NUM_LAYERS[depths]
     found = settings(model, decay_rate=0.9, decay_type=decay_type)
     assert set(found) == {name for name, _ in model.named_parameters()}

@@ -56,8 +56,13 @@ def masked_encoder(
             y = linear(
                 layer_norm(y, weights, f'{name}.norm'), weights, f'{name}.pwconv1'
             )
-            y = grn(functional.gelu(y) * seen, weights, f'{name}.grn')
-            x = (x + linear(y, weights, f'{name}.pwconv2')) * seen
+            y = functional.gelu(y) * seen
+            if f'{name}.gamma' in weights:
+                scale = weights[f'{name}.gamma'].view(-1, 1, 1)
+                y = scale * linear(y, weights, f'{name}.pwconv2')
+            else:
+                y = linear(grn(y, weights, f'{name}.grn'), weights, f'{name}.pwconv2')
+            x = (x + y) * seen
         stages.append(x)
     return stages
 

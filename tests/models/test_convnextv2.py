@@ -5,7 +5,12 @@ import torch
 from mmengine.runner.checkpoint import load_state_dict
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import ConvNextV2Backbone, ConvNextV2Config
+from transformers import (
+    ConvNextBackbone,
+    ConvNextConfig,
+    ConvNextV2Backbone,
+    ConvNextV2Config,
+)
 
 from mmcnv2.models import ARCHITECTURES, ConvNeXtV2
 from mmcnv2.registry import MODELS
@@ -43,8 +48,13 @@ def transformers_twin(model: ConvNeXtV2) -> tuple[nn.Module, dict[str, str]]:
 
     The names are matched by hand, one rule a line, to share nothing with the package.
     """
-    twin = ConvNextV2Backbone(
-        ConvNextV2Config(
+    kind, config = (
+        (ConvNextV2Backbone, ConvNextV2Config)
+        if model.use_grn
+        else (ConvNextBackbone, ConvNextConfig)
+    )
+    twin = kind(
+        config(
             num_channels=model.in_channels,
             hidden_sizes=list(model.dims),
             depths=list(model.depths),
@@ -65,6 +75,7 @@ def transformers_twin(model: ConvNeXtV2) -> tuple[nn.Module, dict[str, str]]:
             _, stage, block, rest = name.split('.', 3)
             rest = rest.replace('norm.', 'layernorm.')
             rest = rest.replace('grn.gamma', 'grn.weight').replace('beta', 'bias')
+            rest = 'layer_scale_parameter' if rest == 'gamma' else rest
             other = f'encoder.stages.{stage}.layers.{block}.{rest}'
         names[name] = other
     weights = {names[name]: value for name, value in model.state_dict().items()}
@@ -72,10 +83,11 @@ def transformers_twin(model: ConvNeXtV2) -> tuple[nn.Module, dict[str, str]]:
     return twin, names
 
 
+@pytest.mark.parametrize('use_grn', [True, False], ids=['V2', 'V1'])
 @pytest.mark.parametrize('arch', ['atto', 'tiny', CUSTOM], ids=str)
 @pytest.mark.parametrize('size', [(64, 64), (75, 101)], ids=str)
-def test_equals_transformers(arch, size):
-    model = randomise(ConvNeXtV2(arch, in_channels=3)).train()
+def test_equals_transformers(arch, size, use_grn):
+    model = randomise(ConvNeXtV2(arch, in_channels=3, use_grn=use_grn)).train()
     twin, names = transformers_twin(model)
     image = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
 
@@ -182,9 +194,10 @@ def test_any_size(size):
         assert out.shape == shape
 
 
-def test_checkpointing_changes_nothing():
-    plain = randomise(ConvNeXtV2(CUSTOM)).train()
-    saving = ConvNeXtV2(CUSTOM, with_cp=True).train()
+@pytest.mark.parametrize('use_grn', [True, False], ids=['V2', 'V1'])
+def test_checkpointing_changes_nothing(use_grn):
+    plain = randomise(ConvNeXtV2(CUSTOM, use_grn=use_grn)).train()
+    saving = ConvNeXtV2(CUSTOM, use_grn=use_grn, with_cp=True).train()
     saving.load_state_dict(plain.state_dict())
     image = torch.randn(2, 3, 64, 64)
     for model in (plain, saving):
@@ -236,6 +249,23 @@ def test_initialisation():
             assert param.std().item() == pytest.approx(0.02, rel=0.1), name
 
 
+def test_first_version_starts_as_published():
+    model = ConvNeXtV2('atto', use_grn=False)
+    model.init_weights()
+    scales = [p for name, p in model.named_parameters() if name.endswith('.gamma')]
+    assert len(scales) == 12
+    assert all((scale == 1e-6).all() for scale in scales)
+
+
+def test_published_size_of_the_first_version():
+    """As mmpretrain's metafile gives the parameters of ConvNeXt-T."""
+    with torch.device('meta'):
+        backbone = ConvNeXtV2('tiny', out_indices=(3,), use_grn=False)
+        head = nn.Linear(backbone.dims[-1], 1000)
+    params = sum(p.numel() for m in (backbone, head) for p in m.parameters())
+    assert params == 28_589_128
+
+
 def test_loads_by_the_names_of_mmpretrain():
     """As part of a detector, say, whose other weights have the same names."""
     source = randomise(ConvNeXtV2(CUSTOM))
@@ -268,10 +298,15 @@ def test_loads_by_the_names_of_mmpretrain():
             ConvNeXtV2(CUSTOM, in_channels=4),
             r"of 3 channels, .*'downsample_layers\.0\.0\.weight' is \(6, 4, 4, 4\)",
         ),
+        (
+            ConvNeXtV2(CUSTOM, use_grn=False),
+            r"without GRN \(V1\); 'stages\.0\.0\.gamma' is \(6,\) there, and absent in "
+            'the backbone.* adapt_grn=True if nothing but GRN does',
+        ),
         (nn.Linear(2, 2), r'no whole ConvNeXt V2 there: 2 tensors \(weight, bias\)'),
         (nn.Module(), r'no whole ConvNeXt V2 there: 0 tensors \(none\)'),
     ],
-    ids=['size', 'depths', 'deeper', 'channels', 'another', 'nothing'],
+    ids=['size', 'depths', 'deeper', 'channels', 'V1', 'another', 'nothing'],
 )
 def test_weights_of_another_network_are_an_error(other, message):
     """However it is loaded: MMEngine would only warn, and train from a random start."""
@@ -297,9 +332,10 @@ def test_output_norms_and_stages_may_be_fewer():
     assert not unexpected
 
 
+@pytest.mark.parametrize('use_grn', [True, False], ids=['V2', 'V1'])
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
-def test_autocast_trains(dtype):
-    model = randomise(ConvNeXtV2(CUSTOM))
+def test_autocast_trains(dtype, use_grn):
+    model = randomise(ConvNeXtV2(CUSTOM, use_grn=use_grn))
     image = torch.randn(2, 3, 64, 64)
     expected = model(image)[-1]
     with torch.autocast('cpu', dtype=dtype):

@@ -44,6 +44,19 @@ def spread(weight):
     return round(weight.std().item(), 2)
 
 
+def test_decoder_has_the_blocks_of_the_encoder():
+    cfg = fcmae_cfg()
+    cfg['backbone']['use_grn'] = False
+    model = MODELS.build(cfg)
+    model.init_weights()
+    assert model.neck.decoder[0].gamma.shape == (16,)
+    assert not [name for name in model.state_dict() if '.grn.' in name]
+    model(torch.randn(2, 3, 64, 96), mode='loss')['loss'].backward()
+    grads = [p.grad for name, p in model.named_parameters() if name.endswith('.gamma')]
+    assert len(grads) == 5
+    assert all(grad.abs().max() > 0 for grad in grads)
+
+
 def test_starts_as_in_the_papers_code():
     torch.manual_seed(0)
     init_cfg = dict(type='mmcnv2.FCMAEInit')

@@ -24,7 +24,7 @@ def encoder(arch, dtype, **kwargs):
     model = ConvNeXtV2(arch, output_norm=False, **kwargs).to(dtype)
     with torch.no_grad():
         for name, param in model.named_parameters():
-            if 'grn' in name or name.endswith('bias'):
+            if name.endswith(('gamma', 'beta', 'bias')):
                 param.normal_(std=0.3)
     return model
 
@@ -73,6 +73,14 @@ def test_equals_dense_masked(n, size, ratio, dtype, sparse):
 
 
 @pytest.mark.parametrize('sparse', SPARSE)
+@pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
+def test_first_version_equals_dense_masked(dtype, sparse):
+    model = encoder(CUSTOM, dtype, sparse=sparse, use_grn=False)
+    mask = random_mask(2, 3, 4, 0.6)
+    check_against_reference(model, torch.randn(2, 3, 96, 128, dtype=dtype), mask)
+
+
+@pytest.mark.parametrize('sparse', SPARSE)
 @pytest.mark.parametrize('arch', ['atto', 'tiny'])
 def test_published_sizes_equal_dense_masked(arch, sparse):
     model = encoder(arch, torch.float64, sparse=sparse)
@@ -117,9 +125,10 @@ def test_companions_have_no_influence(sparse):
 
 
 @pytest.mark.parametrize('sparse', SPARSE)
+@pytest.mark.parametrize('use_grn', [True, False], ids=['V2', 'V1'])
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
-def test_autocast(dtype, sparse):
-    model = encoder(CUSTOM, torch.float32, sparse=sparse)
+def test_autocast(dtype, use_grn, sparse):
+    model = encoder(CUSTOM, torch.float32, sparse=sparse, use_grn=use_grn)
     mask = random_mask(2, 3, 4, 0.6)
     image = torch.randn(2, 3, 96, 128)
     expected = model(image, mask)[-1]

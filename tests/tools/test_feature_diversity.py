@@ -169,6 +169,22 @@ def test_masked_and_other_layers(folder, monkeypatch):
     assert np.abs(maps - grid).max() <= 1
 
 
+def test_both_versions(folder, monkeypatch):
+    """One config will do for checkpoints with GRN and without."""
+    v2 = build(1).state_dict()
+    for value in (value for name, value in v2.items() if '.grn.' in name):
+        value.zero_()
+    v1 = {name: value for name, value in v2.items() if '.grn.' not in name}
+    # What does nothing, like the GRN above.
+    v1 |= {f'{b}.gamma': torch.ones_like(v2[f'{b}.norm.weight']) for b in BLOCKS}
+    torch.save(v2, folder / 'v2.pth')
+    torch.save(v1, folder / 'v1.pth')
+    run(folder, monkeypatch, 'config.py', 'v2.pth', 'v1.pth')
+    found = [float(row['distance']) for row in rows(folder)]
+    assert found[: len(BLOCKS)] == pytest.approx(found[len(BLOCKS) :], abs=1e-5)
+    assert len(set(found)) > 1
+
+
 @pytest.mark.parametrize('name', ['det', 'seg'])
 def test_whole_models(run_here, tools_folder, name):
     """A detector and a segmentor, by configs with bases."""

@@ -2,7 +2,8 @@
 
 Writes diversity.csv, diversity.png (feature distance against depth, a line for each
 checkpoint) and channels_NAME.png (channel maps of one layer, for each checkpoint).
-Checkpoints are of FCMAE, of detectors or of segmentors; the backbone alone is run.
+Checkpoints are of FCMAE, of detectors or of segmentors, with GRN or without; the
+backbone alone is run.
 """
 
 import argparse
@@ -25,10 +26,11 @@ from torch import Tensor
 
 from mmcnv2.datasets import UnlabelledImages
 from mmcnv2.engine import PretrainedBackbone
+from mmcnv2.engine.conversion import load_weights
 from mmcnv2.engine.launch import checkpoint_path, config_path
 from mmcnv2.evaluation import DiversityRecorder, find_layers
 from mmcnv2.models import ConvNeXtV2, FCMAEDataPreprocessor
-from mmcnv2.models.convnextv2 import STRIDE
+from mmcnv2.models.convnextv2 import STRIDE, has_grn
 from mmcnv2.models.fcmae import draw_mask
 from mmcnv2.registry import MODELS
 from mmcnv2.visualization import channel_grid, diversity_plot, unpack_tokens
@@ -93,8 +95,12 @@ def short_names(checkpoints: list[str]) -> list[str]:
     raise SystemExit(f'The same checkpoint is given twice: {" ".join(checkpoints)}')
 
 
-def build_backbone(cfg: Config) -> ConvNeXtV2:
-    """Build the backbone of the config without output norms, which are no layers."""
+def load_backbone(cfg: Config, checkpoint: str) -> ConvNeXtV2:
+    """Build the backbone of the config with the weights of a checkpoint, on the CPU.
+
+    It has no output norms, which are no layers, and GRN if the checkpoint has, so that
+    both versions can be compared.
+    """
     settings = cfg.model.backbone.to_dict()
     if settings['type'].rpartition('.')[2] != 'ConvNeXtV2':
         raise SystemExit(
@@ -102,18 +108,16 @@ def build_backbone(cfg: Config) -> ConvNeXtV2:
             'ConvNeXtV2 can be measured.'
         )
     whole = dict(out_indices=(-1,), output_norm=False, init_cfg=None)
-    return MODELS.build({**settings, **whole}).eval()
-
-
-def load_weights(backbone: ConvNeXtV2, checkpoint: str, config: str) -> None:
-    """Load the weights of the backbone, whatever else there is."""
     try:
+        use_grn = has_grn(load_weights(checkpoint))
+        backbone = MODELS.build({**settings, **whole, 'use_grn': use_grn})
         PretrainedBackbone(checkpoint)(backbone)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         raise SystemExit(
             f'{error}\nGive the config that the checkpoint was trained with instead of '
-            f'{config}, or one of the same arch.'
+            f'{cfg.filename}, or one of the same arch.'
         ) from None
+    return backbone.eval()
 
 
 def load_pictures(cfg: Config, folder: str, size: int) -> UnlabelledImages:
@@ -214,20 +218,19 @@ def main() -> None:
     names = short_names(args.checkpoint)
     cfg = Config.fromfile(args.config)
     init_default_scope('mmcnv2')
-    backbone = build_backbone(cfg).to(args.device)
     preprocessor = build_preprocessor(cfg).to(args.device)
     dataset = load_pictures(cfg, args.input, args.size)
-    layer = middle_layer(backbone, args.layer or args.measure)
 
     args.out_dir.mkdir(parents=True, exist_ok=True)
     rows = []
     for name, checkpoint in zip(names, args.checkpoint, strict=True):
-        load_weights(backbone, checkpoint, args.config)
+        backbone = load_backbone(cfg, checkpoint).to(args.device)
         inputs = batches(preprocessor, dataset, args)
         rows += [
             dict(checkpoint=name, **row)
             for row in measure(backbone, args.measure, inputs)
         ]
+        layer = middle_layer(backbone, args.layer or args.measure)
         first = next(batches(preprocessor, dataset, args))
         maps = Image.fromarray(paint(backbone, layer, *first))
         maps.save(args.out_dir / f'channels_{name}.png')
