@@ -11,6 +11,8 @@ from mmengine.hooks import Hook
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from .nonfinite_loss import NonFiniteLossHook
+
 
 def add_common_arguments(parser: ArgumentParser) -> None:
     """Add the arguments that training and testing share.
@@ -92,7 +94,9 @@ def build_runner(cfg: Config) -> Runner:
     """Build the config's runner, also for several processes without accelerators.
 
     Where ``auto_scale_lr`` is enabled it counts accumulated batches too, and where the
-    runner shall resume it refuses a file of weights alone.
+    runner shall resume it refuses a file of weights alone. Losses that are not finite
+    stop training (:class:`~mmcnv2.engine.NonFiniteLossHook`) also where the config says
+    nothing of them.
 
     Args:
         cfg: A config that is ready to run.
@@ -109,6 +113,8 @@ def build_runner(cfg: Config) -> Runner:
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     _count_accumulated_batches(runner, cfg)
     runner.register_hook(_ResumeFromRuns(), priority='VERY_HIGH')
+    if not any(isinstance(hook, NonFiniteLossHook) for hook in runner.hooks):
+        runner.register_hook(NonFiniteLossHook())
     return runner
 
 

@@ -185,6 +185,18 @@ def test_fewer_pictures_than_a_batch(run_here: RunHere, tmp_path: Path) -> None:
         run_here('train.py', 'seg.py', *where)
 
 
+def test_losses_that_are_not_finite(run_here: RunHere, tmp_path: Path) -> None:
+    """The configs of other libraries say nothing of them, nor does this one."""
+    options = ['--cfg-options', 'optim_wrapper.optimizer.lr=1e38']
+    message = (
+        r'iteration 2 is not finite\.\nProcess 0: decode\.loss_ce\. The first layer to '
+        r'put out such values: backbone\.downsample_layers\.0\.0 \(Conv2d\), .*'
+        r'Pictures: \S*/pictures/\d\.png, \S*/pictures/\d\.png'
+    )
+    with pytest.raises(FloatingPointError, match=message):
+        run_here('train.py', 'seg.py', '--work-dir', str(tmp_path), *options)
+
+
 def test_auto_scale_lr_without_a_base_batch_size(run_here: RunHere) -> None:
     with pytest.raises(SystemExit, match='needs auto_scale_lr'):
         run_here('train.py', 'seg.py', '--auto-scale-lr')
