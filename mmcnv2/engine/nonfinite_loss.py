@@ -147,9 +147,9 @@ def _flat(value: Any) -> Iterator[Any]:
 def _random_states() -> list[Tensor]:
     """Take the state of the CPU's generator, and of the accelerator's in use."""
     states = [torch.get_rng_state()]
-    return (
-        [*states, torch.cuda.get_rng_state()] if torch.cuda.is_available() else states
-    )
+    if torch.cuda.is_available():
+        states.append(torch.cuda.get_rng_state())
+    return states
 
 
 def _run_again(

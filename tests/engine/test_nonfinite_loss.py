@@ -138,7 +138,7 @@ def test_pixels_that_are_no_numbers(tmp_path):
         lambda model, args, kwargs: (args, {**kwargs, 'inputs': kwargs['inputs'] / 0}),
         with_kwargs=True,
     )
-    with pytest.raises(FloatingPointError, match='Pixels of the pictures .*00.png'):
+    with pytest.raises(FloatingPointError, match=r'Pixels of the pictures .*00\.png'):
         runner.train()
 
 

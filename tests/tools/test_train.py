@@ -190,7 +190,7 @@ def test_losses_that_are_not_finite(run_here: RunHere, tmp_path: Path) -> None:
     options = ['--cfg-options', 'optim_wrapper.optimizer.lr=1e38']
     message = (
         r'iteration 2 is not finite\.\nProcess 0: decode\.loss_ce\. The first layer to '
-        r'put out such values: backbone\.downsample_layers\.0\.0 \(Conv2d\), .*'
+        r'put out such values: backbone\.downsample_layers\.0\.1 \(LayerNorm\), .*'
         r'Pictures: \S*/pictures/\d\.png, \S*/pictures/\d\.png'
     )
     with pytest.raises(FloatingPointError, match=message):
