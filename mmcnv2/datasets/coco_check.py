@@ -70,13 +70,25 @@ def _problems(
             return
         if not (content[name] or (test_mode and name == 'annotations')):
             yield f'{name} is empty'
-    yield from _checked(content['categories'], 'category', _wrong_in_category)
-    yield from _checked(content['images'], 'image', _wrong_in_image)
-    yield from _wrong_classes(content['categories'], classes)
+    problems = [
+        *_checked(content['categories'], 'category', _wrong_in_category),
+        *_checked(content['images'], 'image', _wrong_in_image),
+    ]
+    # What refers to them is looked at once they are right.
+    yield from problems or _wrong_references(content, classes, masks)
+
+
+def _wrong_references(
+    content: dict[str, list[dict]], classes: Sequence[str] | None, masks: bool
+) -> Iterator[str]:
+    if classes is not None:
+        yield from _wrong_classes(
+            [each['name'] for each in content['categories']], classes
+        )
     images = {_key(image): image for image in content['images']}
     categories = {_key(category) for category in content['categories']}
 
-    def wrong_in_annotation(annotation: dict) -> str | None:
+    def wrong(annotation: dict) -> str | None:
         image = images.get(_key(annotation, 'image_id'))
         if image is None:
             return f'no image has its image_id, {annotation.get("image_id")!r}'
@@ -86,7 +98,7 @@ def _problems(
             _wrong_in_mask(annotation, image) if masks else None
         )
 
-    yield from _checked(content['annotations'], 'annotation', wrong_in_annotation)
+    yield from _checked(content['annotations'], 'annotation', wrong)
 
 
 def _checked(
@@ -116,20 +128,17 @@ def _wrong_in_category(category: dict) -> str | None:
 
 
 def _wrong_in_image(image: dict) -> str | None:
-    if not isinstance(image.get('file_name'), str):
-        return 'its file_name is no text'
+    name = image.get('file_name')
+    if not (isinstance(name, str) and name):
+        return f'its file_name is {name!r}'
     for side in ('height', 'width'):
         if not _is_number(image.get(side)) or image[side] < 1:
             return f'its {side} is {image.get(side)!r}, and no number of pixels'
     return None
 
 
-def _wrong_classes(
-    categories: list[dict], classes: Sequence[str] | None
-) -> Iterator[str]:
-    if classes is None:
-        return
-    found = [each.get('name') for each in categories if each.get('name') in classes]
+def _wrong_classes(names: list[str], classes: Sequence[str]) -> Iterator[str]:
+    found = [name for name in names if name in classes]
     if found != list(classes):
         yield (
             f'of the classes {_some(classes)} it has {_some(found)}, in this order, '
@@ -143,8 +152,8 @@ def _some(names: Sequence[str]) -> str:
     return f'{text} ... ({len(names)})' if len(names) > _NAMED else text
 
 
-def _wrong_in_box(annotation: dict) -> str | None:
-    box = annotation.get('bbox')
+def _wrong_in_box(annotation: dict[str, Any]) -> str | None:
+    box: Any = annotation.get('bbox')
     if not (_are_numbers(box) and len(box) == 4):
         return f'its bbox is {box!r}, and no x, y, width and height'
     if not _is_number(annotation.get('area')):
@@ -160,10 +169,10 @@ def _wrong_in_mask(annotation: dict, image: dict) -> str | None:
         return 'its segmentation has a polygon that is no list of numbers'
     if not isinstance(mask, dict):
         return 'its segmentation is missing or empty, but masks are trained'
-    size = [image.get('height'), image.get('width')]
+    size = [image['height'], image['width']]
     if mask.get('size') != size:
         return f'its mask has the size {mask.get("size")}, but its image {size}'
-    counts = mask.get('counts')
+    counts: Any = mask.get('counts')
     # Compressed counts are a text, which only the decoder understands.
     if isinstance(counts, str) and counts:
         return None

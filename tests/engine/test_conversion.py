@@ -543,7 +543,7 @@ def test_wrong_formats():
     [
         ({'epoch': 3, 'args': 1}, "as 'model' or 'state_dict', but got epoch, args"),
         ({}, 'no weights; .* but got nothing'),
-        ([1], 'it holds a list, but no dict of tensors'),
+        ([1], 'holds a list, but no dict of tensors'),
     ],
 )
 def test_files_without_weights(content, message, tmp_path):
