@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
+from mmcnv2.arguments import check_arguments
 from mmcnv2.registry import HOOKS
 
 _ADVICE = (
@@ -28,6 +29,7 @@ _WITH_LOSS_SCALER = 10
 
 
 @HOOKS.register_module()
+@check_arguments
 class NonFiniteLossHook(Hook):
     """Stop training when the loss is infinite or not a number, and say why.
 

@@ -10,6 +10,7 @@ from mmengine.model import BaseModule, PretrainedInit
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..arguments import check_arguments
 from ..registry import MODELS
 from .layers import INIT_CFG, Block
 from .layouts import (
@@ -40,6 +41,7 @@ STRIDE = 32  # of the last stage
 
 
 @MODELS.register_module()
+@check_arguments
 class ConvNeXtV2(BaseModule):
     """ConvNeXt V2 backbone (https://arxiv.org/abs/2301.00808).
 

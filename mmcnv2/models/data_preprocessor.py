@@ -7,11 +7,13 @@ import torch
 from mmengine.model import BaseDataPreprocessor
 from torch import Tensor
 
+from ..arguments import check_arguments
 from ..registry import MODELS
 from .convnextv2 import STRIDE
 
 
 @MODELS.register_module()
+@check_arguments
 class FCMAEDataPreprocessor(BaseDataPreprocessor):
     """Move pictures of any number of channels to the device, normalise and stack them.
 

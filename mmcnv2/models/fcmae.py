@@ -7,6 +7,7 @@ from mmengine.model import BaseModel, BaseModule, trunc_normal_init
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
+from ..arguments import check_arguments
 from ..registry import MODELS, WEIGHT_INITIALIZERS
 from .convnextv2 import STRIDE, ConvNeXtV2, check_masked_size
 from .layers import INIT_CFG, Block
@@ -14,6 +15,7 @@ from .layouts import DenseLayout
 
 
 @MODELS.register_module()
+@check_arguments
 class FCMAE(BaseModel):
     """Fully convolutional masked autoencoder.
 
@@ -202,6 +204,7 @@ class FCMAE(BaseModel):
 
 
 @MODELS.register_module()
+@check_arguments
 class FCMAEDecoder(BaseModule):
     """Predict patches: projection, mask tokens, ConvNeXt V2 blocks, prediction.
 
@@ -212,6 +215,9 @@ class FCMAEDecoder(BaseModule):
         decoder_depth (int): Number of blocks. Defaults to 1.
         init_cfg (dict | list[dict], optional): Initialisation, MMEngine's. Defaults to
             truncated normal weights (std 0.02) and zero biases.
+
+    Raises:
+        ValueError: If ``decoder_dim`` or ``decoder_depth`` is too small.
     """
 
     def __init__(
@@ -223,6 +229,11 @@ class FCMAEDecoder(BaseModule):
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         super().__init__(INIT_CFG if init_cfg is None else init_cfg)
+        if decoder_dim < 1 or decoder_depth < 0:
+            raise ValueError(
+                f'decoder_dim is {decoder_dim} and decoder_depth {decoder_depth}; give '
+                'a positive width, and a number of blocks'
+            )
         self.proj = nn.Linear(in_channels, decoder_dim)
         self.mask_token = nn.Parameter(torch.empty(decoder_dim))
         self.decoder = nn.ModuleList(Block(decoder_dim) for _ in range(decoder_depth))
@@ -250,6 +261,7 @@ class FCMAEDecoder(BaseModule):
 
 
 @MODELS.register_module()
+@check_arguments
 class FCMAEHead(BaseModule):
     """Mean squared error on hidden patches.
 
@@ -334,7 +346,7 @@ def _build_encoder(backbone: dict) -> ConvNeXtV2:
             f'FCMAE takes the last stage of its backbone, without output norm, so it '
             f'sets {" and ".join(ours)} itself; leave {" and ".join(given)} out'
         )
-    kind = backbone['type']
+    kind = backbone.get('type')
     kind = MODELS.get(kind) if isinstance(kind, str) else kind
     if isinstance(kind, type) and not issubclass(kind, ConvNeXtV2):
         raise TypeError(
