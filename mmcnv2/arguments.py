@@ -63,8 +63,11 @@ def _fits(value: Any, hint: Any) -> bool:
         return kind in (types.NoneType, Any) and value is None
     if kind is bool or isinstance(value, bool):
         return kind in (bool, Any) and isinstance(value, bool)
+    # Those of configs hold one type throughout.
     if kind in (list, tuple, Sequence):
         if not isinstance(value, list | tuple):
+            return False
+        if kind is tuple and Ellipsis not in parts and len(parts) != len(value):
             return False
         return not parts or all(_fits(each, parts[0]) for each in value)
     return isinstance(value, _PLAIN.get(kind, object))
