@@ -41,12 +41,10 @@ def check_arguments(cls: Class) -> Class:
         # What is unknown or missing, Python refuses by name.
         for name, value in signature.bind(self, *args, **kwargs).arguments.items():
             if name in hints and not _fits(value, hints[name]):
-                given = f'{value!r}, of type {type(value).__name__}'
-                expected = str(signature.parameters[name].annotation).removeprefix(
-                    'typing.'
-                )
+                expected = inspect.formatannotation(hints[name])
                 raise TypeError(
-                    f'{name} of {cls.__name__} is {given}, but expected was {expected}'
+                    f'{name} of {cls.__name__} is {value!r}, of type '
+                    f'{type(value).__name__}, but expected was {expected}'
                 )
         init(self, *args, **kwargs)
 

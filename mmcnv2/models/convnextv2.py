@@ -382,9 +382,8 @@ def _is_positive(number: Any) -> bool:
 def _resolve_out_indices(out_indices: Sequence[int]) -> tuple[int, ...]:
     """Return the stages counted from 0, in ascending order."""
     valid = range(-NUM_STAGES, NUM_STAGES)
-    given = out_indices if isinstance(out_indices, Sequence) else ()
-    resolved = {i % NUM_STAGES for i in given if isinstance(i, int) and i in valid}
-    if not given or len(resolved) != len(given):
+    resolved = {i % NUM_STAGES for i in out_indices if i in valid}
+    if not out_indices or len(resolved) != len(out_indices):
         raise ValueError(
             f'out_indices holds different stages from {valid[0]} to {valid[-1]}, at '
             f'least one, but got {out_indices!r}'

@@ -1,6 +1,7 @@
 """``tools/train.py`` and ``dist_train.sh`` from the command line."""
 
 import functools
+import json
 import runpy
 import shutil
 from collections.abc import Callable
@@ -183,6 +184,18 @@ def test_fewer_pictures_than_a_batch(run_here: RunHere, tmp_path: Path) -> None:
     message = r'4 pictures .* batch of 5 in each of 1 processes.* set .*batch_size'
     with pytest.raises(SystemExit, match=message):
         run_here('train.py', 'seg.py', *where)
+
+
+def test_annotations_with_errors(
+    run_here: RunHere, tools_folder: Path, tmp_path: Path
+) -> None:
+    content = json.loads((tools_folder / 'data' / 'instances.json').read_text())
+    del content['annotations'][2]['segmentation']
+    (tmp_path / 'spoilt.json').write_text(json.dumps(content))
+    options = [f'train_dataloader.dataset.ann_file={tmp_path}/spoilt.json']
+    where = ['--work-dir', str(tmp_path), '--cfg-options', *options]
+    with pytest.raises(SystemExit, match=r'spoilt\.json has 1 errors.*annotation 3: '):
+        run_here('train.py', 'det.py', *where)
 
 
 def test_losses_that_are_not_finite(run_here: RunHere, tmp_path: Path) -> None:
