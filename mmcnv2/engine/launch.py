@@ -144,7 +144,7 @@ def check_annotations(*loaders: dict | None) -> None:
                 path,
                 # The path of a list of names is left to MMEngine.
                 classes=None if isinstance(names, str) else names,
-                masks=any(transform.get('with_mask') for transform in pipeline),
+                masks=any(isinstance(t, dict) and t.get('with_mask') for t in pipeline),
                 test_mode=dataset.get('test_mode', False),
             )
         except ValueError as error:
@@ -158,9 +158,9 @@ def _coco_datasets(config: Any) -> Iterator[tuple[Path, dict]]:
             yield from _coco_datasets(each)
     if not isinstance(config, dict):
         return
-    kind = config.get('dataset_type', config.get('type'))
+    kind = config.get('type')
     if isinstance(kind, str) and kind.split('.')[-1] == 'CocoDataset':
-        path = Path(config.get('data_root') or '', config['ann_file'])
+        path = Path(config.get('data_root') or '', config.get('ann_file') or '')
         if path.is_file():
             yield path, config
         return
