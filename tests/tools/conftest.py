@@ -220,7 +220,7 @@ def run(tools_folder: Path) -> Run:
         path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
         result = subprocess.run(
             [*starter, str(ROOT / 'tools' / tool), *map(str, args)],
-            env={**os.environ, 'PATH': path, 'PYTHONPATH': str(tools_folder)},
+            env={**os.environ, 'PATH': path, 'PYTHONPATH': f'{tools_folder}:{ROOT}'},
             cwd=tools_folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
