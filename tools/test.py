@@ -19,6 +19,7 @@ from torch import nn
 from mmcnv2.engine.launch import (
     add_common_arguments,
     build_runner,
+    check_annotations,
     checkpoint_path,
     load_config,
 )
@@ -145,6 +146,7 @@ def main() -> None:
     if args.out:
         write_predictions(cfg, args.out)
     runner = build_runner(cfg)
+    check_annotations(cfg.test_dataloader)
     runner.register_hook(WholeModel())
     runner.test()
 

@@ -13,6 +13,7 @@ from mmengine.runner import Runner
 from mmcnv2.engine.launch import (
     add_common_arguments,
     build_runner,
+    check_annotations,
     checkpoint_path,
     load_config,
 )
@@ -89,6 +90,7 @@ def main() -> None:
         # Without a path the runner looks for the latest checkpoint itself.
         cfg.load_from = None if args.resume == 'auto' else args.resume
     runner = build_runner(cfg)
+    check_annotations(cfg.train_dataloader, cfg.get('val_dataloader'))
     check_for_a_batch(runner)
     runner.train()
 

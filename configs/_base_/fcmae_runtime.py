@@ -9,6 +9,7 @@ default_hooks = dict(
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='ReconstructionVisualizationHook'),
     broken_images=dict(type='BrokenImagesHook', max_share=0.01),
+    nonfinite_loss=dict(type='NonFiniteLossHook'),
 )
 
 env_cfg = dict(

@@ -10,12 +10,14 @@ from mmcv.transforms import BaseTransform
 from mmcv.transforms.utils import cache_randomness
 from mmengine.structures import BaseDataElement
 
+from mmcnv2.arguments import check_arguments
 from mmcnv2.registry import TRANSFORMS
 
 _ATTEMPTS = 10
 
 
 @TRANSFORMS.register_module()
+@check_arguments
 class RandomResizedCrop(BaseTransform):
     """Cut out a rectangle of random area, shape and place, and resize it.
 
@@ -34,6 +36,9 @@ class RandomResizedCrop(BaseTransform):
             :func:`mmcv.imresize`.
         backend: What resizes: ``pillow``, which smooths when it shrinks, takes pictures
             of 8 bits; ``cv2`` others too.
+
+    Raises:
+        ValueError: If ``scale`` is no size.
     """
 
     def __init__(
@@ -44,8 +49,10 @@ class RandomResizedCrop(BaseTransform):
         interpolation: str = 'bicubic',
         backend: str = 'pillow',
     ) -> None:
-        width, height = (scale, scale) if isinstance(scale, int) else scale
-        self.scale = (width, height)
+        sides = (scale, scale) if isinstance(scale, int) else tuple(scale)
+        if len(sides) != 2 or min(sides) < 1:
+            raise ValueError(f'scale is {scale}; give one or two positive numbers')
+        self.scale = sides
         self.crop_ratio_range = crop_ratio_range
         self.aspect_ratio_range = aspect_ratio_range
         self.interpolation = interpolation
@@ -112,6 +119,7 @@ class RandomResizedCrop(BaseTransform):
 
 
 @TRANSFORMS.register_module()
+@check_arguments
 class PackPretrainInputs(BaseTransform):
     """Pack a picture and what is known about it as FCMAE takes them.
 

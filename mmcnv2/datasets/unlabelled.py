@@ -11,6 +11,7 @@ from mmengine.dataset import BaseDataset, Compose
 from mmengine.fileio import join_path, list_from_file
 from mmengine.logging import print_log
 
+from mmcnv2.arguments import check_arguments
 from mmcnv2.registry import DATASETS
 
 EXTENSIONS = frozenset(
@@ -68,6 +69,7 @@ def _walk(folder: str) -> Iterator[str]:
 
 
 @DATASETS.register_module()
+@check_arguments
 class UnlabelledImages(BaseDataset):
     """All pictures of a folder tree, or those that a list names.
 

@@ -5,6 +5,7 @@ from .broken_images import BrokenImagesHook
 from .feature_diversity import FeatureDiversityHook
 from .fsdp import FSDPStrategy, wrap_blocks
 from .layer_decay import LayerDecayOptimWrapperConstructor
+from .nonfinite_loss import NonFiniteLossHook
 from .pretrained import PretrainedBackbone
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     'FSDPStrategy',
     'FeatureDiversityHook',
     'LayerDecayOptimWrapperConstructor',
+    'NonFiniteLossHook',
     'PretrainedBackbone',
     'checkpoint',
     'wrap_blocks',

@@ -9,6 +9,7 @@ from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.runner import Runner
 
+from mmcnv2.arguments import check_arguments
 from mmcnv2.registry import HOOKS
 
 _FILE = 'broken_images.txt'
@@ -17,6 +18,7 @@ _NAMED = 5
 
 
 @HOOKS.register_module()
+@check_arguments
 class BrokenImagesHook(Hook):
     """Report the files that the data set could not read; stop if they are too many.
 

@@ -7,6 +7,7 @@ by ones that always load safely and say in one message what is wrong with a file
 """
 
 import re
+import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
 from types import FunctionType, ModuleType
@@ -89,10 +90,22 @@ def _failure(path: Path, error: Exception) -> RuntimeError:
     reason = next(iter(str(error).splitlines()), 'no more is known')
     return RuntimeError(
         f'Cannot read {path} ({path.stat().st_size} bytes) as a checkpoint: it is '
-        'truncated or was never one. Nothing was loaded. Copy or download it again, '
-        'or resume from an earlier checkpoint by --resume PATH. '
+        'truncated, damaged, or was never one. Nothing was loaded. Copy or download it '
+        'again, or resume from an earlier checkpoint by --resume PATH. '
         f'({type(error).__name__}: {reason})'
     )
+
+
+def _check_sums(path: Path) -> None:
+    """Compare checksums, as torch does not: a flipped bit would be another weight.
+
+    Only the zip files that torch writes since version 1.6 have some.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(f'the checksum of {damaged} is another one')
 
 
 def _with_state_dict(checkpoint: Any) -> Any:
@@ -123,9 +136,9 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
         ImportError: It is of safetensors, which is not installed.
         MemoryError: It is too large.
         PermissionError: It may not be read.
-        RuntimeError: The file is not a checkpoint, is truncated, or holds something
-            that is neither a tensor nor stored by MMEngine; or its tensors are of a
-            device that is not there, and no ``map_location`` is given.
+        RuntimeError: The file is not a checkpoint, is truncated or damaged, or holds
+            something that is neither a tensor nor stored by MMEngine; or its tensors
+            are of a device that is not there, and no ``map_location`` is given.
     """
     path = Path(filename).expanduser()
     if not path.is_file():
@@ -135,6 +148,7 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
     if path.suffix == '.safetensors':
         return {'state_dict': _load_safetensors(path)}
     try:
+        _check_sums(path)
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except (PermissionError, MemoryError):
         raise

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from mmengine.runner import CheckpointLoader
@@ -226,8 +226,9 @@ def convert_checkpoint(
             f'the name of {target} ends in none of {", ".join(SUFFIXES)}; give it an '
             'ending that says what kind of file to write'
         )
+    weights = load_weights(source)
     try:
-        conversion = convert_weights(load_weights(source), to, source_format)
+        conversion = convert_weights(weights, to, source_format)
     except ValueError as error:
         raise ValueError(f'Cannot convert {source}: {error}') from None
     save_weights(conversion.weights, target, FORMATS[to].holder)
@@ -331,14 +332,21 @@ def load_weights(source: str | Path, map_location: str = 'cpu') -> Weights:
     if isinstance(checkpoint, dict):
         weights = checkpoint.get('state_dict', checkpoint)
     if not isinstance(weights, dict):
-        raise ValueError(f'it holds a {type(weights).__name__}, but no dict of tensors')
-    others = [str(k) for k, v in weights.items() if not isinstance(v, Tensor)]
+        raise ValueError(
+            f'{source} holds a {type(weights).__name__}, but no dict of tensors'
+        )
+    others = [str(name) for name, value in weights.items() if not _fits(name, value)]
     if others or not weights:
         raise ValueError(
-            "it holds no weights; expected were tensors by name, alone or as 'model' "
-            f"or 'state_dict', but got {', '.join(others[:8]) or 'nothing'}"
+            f'{source} holds no weights; expected were dense tensors by name, alone or '
+            f"as 'model' or 'state_dict', but got {', '.join(others[:8]) or 'nothing'}"
         )
     return weights
+
+
+def _fits(name: Any, value: Any) -> bool:
+    dense = isinstance(value, Tensor) and value.layout == torch.strided
+    return isinstance(name, str) and dense and not value.is_complex()
 
 
 def save_weights(weights: Weights, path: str | Path, holder: str | None = None) -> None:

@@ -7,11 +7,13 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
+from mmcnv2.arguments import check_arguments
 from mmcnv2.evaluation.diversity import BLOCKS, NAMES, DiversityRecorder
 from mmcnv2.registry import HOOKS
 
 
 @HOOKS.register_module()
+@check_arguments
 class FeatureDiversityHook(Hook):
     """Log how much the channels of each layer differ, in training.
 

@@ -2,14 +2,20 @@
 
 import os
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch.distributed
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
+from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
-from mmengine.registry import RUNNERS
+from mmengine.registry import DATASETS, RUNNERS
 from mmengine.runner import Runner
+
+from ..datasets.coco_check import check_coco
+from .nonfinite_loss import NonFiniteLossHook
 
 
 def add_common_arguments(parser: ArgumentParser) -> None:
@@ -92,7 +98,9 @@ def build_runner(cfg: Config) -> Runner:
     """Build the config's runner, also for several processes without accelerators.
 
     Where ``auto_scale_lr`` is enabled it counts accumulated batches too, and where the
-    runner shall resume it refuses a file of weights alone.
+    runner shall resume it refuses a file of weights alone. Losses that are not finite
+    stop training (:class:`~mmcnv2.engine.NonFiniteLossHook`) also where the config says
+    nothing of them.
 
     Args:
         cfg: A config that is ready to run.
@@ -109,7 +117,54 @@ def build_runner(cfg: Config) -> Runner:
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     _count_accumulated_batches(runner, cfg)
     runner.register_hook(_ResumeFromRuns(), priority='VERY_HIGH')
+    if not any(isinstance(hook, NonFiniteLossHook) for hook in runner.hooks):
+        runner.register_hook(NonFiniteLossHook())
     return runner
+
+
+def check_annotations(*loaders: dict | None) -> None:
+    """Check the annotation files of data loaders, as far as they are COCO's.
+
+    Args:
+        *loaders: Configs of data loaders; None has nothing to check.
+
+    Raises:
+        SystemExit: A file would stop training somewhere, or teach what is wrong; see
+            :func:`~mmcnv2.datasets.check_coco`.
+    """
+    if not is_main_process():
+        return
+    for path, dataset in _coco_datasets(loaders):
+        names = (dataset.get('metainfo') or {}).get('classes')
+        if names is None:
+            names = DATASETS.get('mmdet.CocoDataset').METAINFO['classes']
+        pipeline = dataset.get('pipeline') or []
+        try:
+            check_coco(
+                path,
+                # The path of a list of names is left to MMEngine.
+                classes=None if isinstance(names, str) else names,
+                masks=any(isinstance(t, dict) and t.get('with_mask') for t in pipeline),
+                test_mode=dataset.get('test_mode', False),
+            )
+        except ValueError as error:
+            raise SystemExit(str(error)) from None
+
+
+def _coco_datasets(config: Any) -> Iterator[tuple[Path, dict]]:
+    """Look for them in wrappers; a file that is not there is MMDetection's matter."""
+    if isinstance(config, list | tuple):
+        for each in config:
+            yield from _coco_datasets(each)
+    if not isinstance(config, dict):
+        return
+    kind = config.get('type')
+    if isinstance(kind, str) and kind.split('.')[-1] == 'CocoDataset':
+        path = Path(config.get('data_root') or '', config.get('ann_file') or '')
+        if path.is_file():
+            yield path, config
+        return
+    yield from _coco_datasets(list(config.values()))
 
 
 class _ResumeFromRuns(Hook):

@@ -9,6 +9,7 @@ from mmengine.logging import print_log
 from mmengine.model import update_init_info
 from torch import Tensor
 
+from ..arguments import check_arguments
 from ..models.convnextv2 import ConvNeXtV2, has_grn
 from ..registry import WEIGHT_INITIALIZERS
 from .conversion import Weights, convert_weights, find_format, load_weights
@@ -18,6 +19,7 @@ _SCALE = re.compile(r'stages\.\d\.\d+\.gamma').fullmatch
 
 
 @WEIGHT_INITIALIZERS.register_module()
+@check_arguments
 class PretrainedBackbone:
     """What ``init_cfg=dict(type='Pretrained', ...)`` of a backbone does.
 

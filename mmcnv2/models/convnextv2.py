@@ -10,6 +10,7 @@ from mmengine.model import BaseModule, PretrainedInit
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..arguments import check_arguments
 from ..registry import MODELS
 from .layers import INIT_CFG, Block
 from .layouts import (
@@ -40,6 +41,7 @@ STRIDE = 32  # of the last stage
 
 
 @MODELS.register_module()
+@check_arguments
 class ConvNeXtV2(BaseModule):
     """ConvNeXt V2 backbone (https://arxiv.org/abs/2301.00808).
 
@@ -401,9 +403,8 @@ def _is_positive(number: Any) -> bool:
 def _resolve_out_indices(out_indices: Sequence[int]) -> tuple[int, ...]:
     """Return the stages counted from 0, in ascending order."""
     valid = range(-NUM_STAGES, NUM_STAGES)
-    given = out_indices if isinstance(out_indices, Sequence) else ()
-    resolved = {i % NUM_STAGES for i in given if isinstance(i, int) and i in valid}
-    if not given or len(resolved) != len(given):
+    resolved = {i % NUM_STAGES for i in out_indices if i in valid}
+    if not out_indices or len(resolved) != len(out_indices):
         raise ValueError(
             f'out_indices holds different stages from {valid[0]} to {valid[-1]}, at '
             f'least one, but got {out_indices!r}'

@@ -7,11 +7,13 @@ import torch
 from mmengine.model import BaseDataPreprocessor
 from torch import Tensor
 
+from ..arguments import check_arguments
 from ..registry import MODELS
 from .convnextv2 import STRIDE
 
 
 @MODELS.register_module()
+@check_arguments
 class FCMAEDataPreprocessor(BaseDataPreprocessor):
     """Move pictures of any number of channels to the device, normalise and stack them.
 
@@ -28,7 +30,8 @@ class FCMAEDataPreprocessor(BaseDataPreprocessor):
 
     Raises:
         ValueError: If ``mean`` and ``std`` do not belong together, a deviation is not
-            positive, or ``bgr_to_rgb`` is set for other than three channels.
+            positive, nor ``data_range``, or ``bgr_to_rgb`` is set for other than three
+            channels.
     """
 
     mean: Tensor
@@ -55,6 +58,8 @@ class FCMAEDataPreprocessor(BaseDataPreprocessor):
                 f'bgr_to_rgb is for pictures of 3 channels, but mean has {len(mean)} '
                 'values: leave bgr_to_rgb out.'
             )
+        if data_range is not None and not data_range > 0:
+            raise ValueError(f'data_range is {data_range}: it has to be positive.')
         self.bgr_to_rgb = bgr_to_rgb
         self.data_range = 255.0 if data_range is None else data_range
         self._data_range_is_given = data_range is not None

@@ -7,6 +7,7 @@ from mmengine.model import BaseModel, BaseModule, trunc_normal_init
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
+from ..arguments import check_arguments
 from ..registry import MODELS, WEIGHT_INITIALIZERS
 from .convnextv2 import STRIDE, ConvNeXtV2, check_masked_size
 from .layers import INIT_CFG, Block
@@ -14,6 +15,7 @@ from .layouts import DenseLayout
 
 
 @MODELS.register_module()
+@check_arguments
 class FCMAE(BaseModel):
     """Fully convolutional masked autoencoder.
 
@@ -92,7 +94,6 @@ class FCMAE(BaseModel):
             predicted patches ``(N, H / 32, W / 32, 32 * 32 * C)``.
 
         Raises:
-            FloatingPointError: If the loss is infinite or not a number.
             ValueError: If the mode is unknown, the pictures or the mask have the
                 wrong shape, or the mask hides nothing or everything.
         """
@@ -106,9 +107,7 @@ class FCMAE(BaseModel):
             return self.reconstruct(inputs, mask)
         if mode == 'loss':
             prediction = self.reconstruct(inputs, mask)
-            loss = self.head.loss(prediction, inputs, mask).mean()
-            _check_finite(loss)
-            return dict(loss=loss)
+            return dict(loss=self.head.loss(prediction, inputs, mask).mean())
         raise ValueError(f"mode is '{mode}'; give 'loss', 'predict' or 'tensor'")
 
     def reconstruct(self, inputs: Tensor, mask: Tensor) -> Tensor:
@@ -206,6 +205,7 @@ class FCMAE(BaseModel):
 
 
 @MODELS.register_module()
+@check_arguments
 class FCMAEDecoder(BaseModule):
     """Predict patches: projection, mask tokens, ConvNeXt V2 blocks, prediction.
 
@@ -217,6 +217,9 @@ class FCMAEDecoder(BaseModule):
         use_grn (bool): Whether blocks have GRN, or else LayerScale. Defaults to True.
         init_cfg (dict | list[dict], optional): Initialisation, MMEngine's. Defaults to
             truncated normal weights (std 0.02) and zero biases.
+
+    Raises:
+        ValueError: If ``decoder_dim`` or ``decoder_depth`` is too small.
     """
 
     def __init__(
@@ -229,6 +232,11 @@ class FCMAEDecoder(BaseModule):
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         super().__init__(INIT_CFG if init_cfg is None else init_cfg)
+        if decoder_dim < 1 or decoder_depth < 0:
+            raise ValueError(
+                f'decoder_dim is {decoder_dim} and decoder_depth {decoder_depth}; give '
+                'a positive width, and a number of blocks'
+            )
         self.proj = nn.Linear(in_channels, decoder_dim)
         self.mask_token = nn.Parameter(torch.empty(decoder_dim))
         self.decoder = nn.ModuleList(
@@ -258,6 +266,7 @@ class FCMAEDecoder(BaseModule):
 
 
 @MODELS.register_module()
+@check_arguments
 class FCMAEHead(BaseModule):
     """Mean squared error on hidden patches.
 
@@ -342,7 +351,7 @@ def _build_encoder(backbone: dict) -> ConvNeXtV2:
             f'FCMAE takes the last stage of its backbone, without output norm, so it '
             f'sets {" and ".join(ours)} itself; leave {" and ".join(given)} out'
         )
-    kind = backbone['type']
+    kind = backbone.get('type')
     kind = MODELS.get(kind) if isinstance(kind, str) else kind
     if isinstance(kind, type) and not issubclass(kind, ConvNeXtV2):
         raise TypeError(
@@ -411,18 +420,6 @@ def unpatchify(patches: Tensor) -> Tensor:
     """
     pictures = patches.unflatten(3, (STRIDE, STRIDE, -1))
     return pictures.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
-
-
-def _check_finite(loss: Tensor) -> None:
-    """Stop training from which nothing more can come, as the paper's code does."""
-    if loss.isfinite():
-        return
-    raise FloatingPointError(
-        f'the loss is {loss.item()}; if you train in float16, the weights that '
-        "FCMAEInit starts with are too large for it: set optim_wrapper.dtype='bfloat16'"
-        ', as --amp does, or init_cfg=None in backbone and neck; otherwise lower the '
-        'learning rate, and look for pixels that are no numbers'
-    )
 
 
 def _precise(values: Tensor) -> Tensor:

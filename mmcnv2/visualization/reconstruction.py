@@ -14,6 +14,7 @@ from mmengine.structures import BaseDataElement
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from mmcnv2.arguments import check_arguments
 from mmcnv2.registry import HOOKS
 
 HEADER = ('original', 'masked input', 'reconstruction')
@@ -118,6 +119,7 @@ def displayable(picture: Tensor, data_range: float = 255.0) -> np.ndarray:
 
 
 @HOOKS.register_module()
+@check_arguments
 class ReconstructionVisualizationHook(Hook):
     """Draw reconstructions in validation and testing.
 

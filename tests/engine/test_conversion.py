@@ -558,12 +558,12 @@ def test_wrong_formats():
     [
         ({'epoch': 3, 'args': 1}, "as 'model' or 'state_dict', but got epoch, args"),
         ({}, 'no weights; .* but got nothing'),
-        ([1], 'it holds a list, but no dict of tensors'),
+        ([1], 'a list, but no dict of tensors'),
     ],
 )
 def test_files_without_weights(content, message, tmp_path):
     torch.save(content, tmp_path / 'odd.pth')
-    with pytest.raises(ValueError, match=rf'Cannot convert .*odd\.pth: .*{message}'):
+    with pytest.raises(ValueError, match=rf'odd\.pth holds .*{message}'):
         convert_checkpoint(tmp_path / 'odd.pth', tmp_path / 'x.pth', 'ours')
     with pytest.raises(ValueError, match=r'x\.onnx ends in none of \.pth, \.pt'):
         convert_checkpoint(tmp_path / 'odd.pth', tmp_path / 'x.onnx', 'ours')

@@ -1,6 +1,7 @@
 """``tools/train.py`` and ``dist_train.sh`` from the command line."""
 
 import functools
+import json
 import runpy
 import shutil
 from collections.abc import Callable
@@ -183,6 +184,30 @@ def test_fewer_pictures_than_a_batch(run_here: RunHere, tmp_path: Path) -> None:
     message = r'4 pictures .* batch of 5 in each of 1 processes.* set .*batch_size'
     with pytest.raises(SystemExit, match=message):
         run_here('train.py', 'seg.py', *where)
+
+
+def test_annotations_with_errors(
+    run_here: RunHere, tools_folder: Path, tmp_path: Path
+) -> None:
+    content = json.loads((tools_folder / 'data' / 'instances.json').read_text())
+    del content['annotations'][2]['segmentation']
+    (tmp_path / 'spoilt.json').write_text(json.dumps(content))
+    options = [f'train_dataloader.dataset.ann_file={tmp_path}/spoilt.json']
+    where = ['--work-dir', str(tmp_path), '--cfg-options', *options]
+    with pytest.raises(SystemExit, match=r'spoilt\.json has 1 errors.*annotation 3: '):
+        run_here('train.py', 'det.py', *where)
+
+
+def test_losses_that_are_not_finite(run_here: RunHere, tmp_path: Path) -> None:
+    """The configs of other libraries say nothing of them, nor does this one."""
+    options = ['--cfg-options', 'optim_wrapper.optimizer.lr=1e38']
+    message = (
+        r'iteration 2 is not finite\.\nProcess 0: decode\.loss_ce\. The first layer to '
+        r'put out such values: backbone\.downsample_layers\.0\.1 \(LayerNorm\), .*'
+        r'Pictures: \S*/pictures/\d\.png, \S*/pictures/\d\.png'
+    )
+    with pytest.raises(FloatingPointError, match=message):
+        run_here('train.py', 'seg.py', '--work-dir', str(tmp_path), *options)
 
 
 def test_auto_scale_lr_without_a_base_batch_size(run_here: RunHere) -> None:
