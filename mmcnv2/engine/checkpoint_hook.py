@@ -81,7 +81,10 @@ class CheckpointHook(_CheckpointHook):
         Raises:
             SystemExit: If one has.
         """
-        if batch_idx >= self._common_batches or not self._shall_stop():
+        # Other runners number the iterations of a checkpoint themselves.
+        if not isinstance(runner, Runner) or batch_idx >= self._common_batches:
+            return
+        if not self._shall_stop():
             return
         for hook in runner.hooks:
             if isinstance(hook, EMAHook):
@@ -127,9 +130,8 @@ class CheckpointHook(_CheckpointHook):
         name = self.filename_tmpl.format
         saved = self._save(runner, name(step), meta, self.by_epoch)
         if saved and self.max_keep_ckpts > 0:
-            self._remove(
-                [self._path(name(old)) for old in steps[: -self.max_keep_ckpts]]
-            )
+            outdated = steps[: -self.max_keep_ckpts]
+            self._remove([self._path(name(old)) for old in outdated])
             self.keep_ckpt_ids = deque(steps[-self.max_keep_ckpts :])
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:

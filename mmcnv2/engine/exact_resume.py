@@ -55,8 +55,8 @@ def seed_draws(*place: int) -> None:
 class SeededBatch(list):
     """Indices of a batch; whoever reads them draws for each what its place says.
 
-    PyTorch's loader reads samples by ``[dataset[i] for i in batch]``, in a worker or not.
-    So each is augmented with draws of its own, whatever the data set and its wrappers.
+    PyTorch's loader reads samples by ``[dataset[i] for i in batch]``, in whichever
+    process. So each has draws of its own, whatever the data set and its wrappers.
 
     Args:
         indices: Of the samples.
@@ -264,9 +264,9 @@ def is_between_steps(wrapper: BaseOptimWrapper) -> bool:
 
 
 def share_gradients(runner: Runner) -> None:
-    """Average accumulated gradients over all processes, of which one writes checkpoints.
+    """Average gradients over all processes, of which one alone writes checkpoints.
 
-    The step that they lead to stays the same but for rounding.
+    That concerns accumulated ones. Their step stays the same but for rounding.
 
     Args:
         runner: To be called in all of its processes.
@@ -379,6 +379,5 @@ def _validation_is_due(runner: Runner) -> bool:
     elif hub.get_info(_DONE, 0):
         return False
     loop._decide_current_val_interval()
-    return now >= max(loop.val_begin, 1) and (
-        now % loop.val_interval == 0 or now == last
-    )
+    due = now % loop.val_interval == 0 or now == last
+    return due and now >= max(loop.val_begin, 1)

@@ -96,9 +96,9 @@ def load_config(args: Namespace) -> Config:
 def build_runner(cfg: Config) -> Runner:
     """Build the config's runner, also for several processes without accelerators.
 
-    Where ``auto_scale_lr`` is enabled it counts accumulated batches too. Training can be
-    resumed exactly, from the last checkpoint that can be read, and refuses a file of
-    weights alone.
+    Where ``auto_scale_lr`` is enabled it counts accumulated batches too. Training is
+    exactly resumable. It resumes from the last checkpoint that can be read, and refuses
+    a file of weights alone.
 
     Args:
         cfg: A config that is ready to run.
@@ -151,11 +151,8 @@ def _check_auto_scale_lr(cfg: Config) -> None:
 def _save_safely(cfg: Config) -> None:
     hooks = cfg.setdefault('default_hooks', {})
     hook = hooks.setdefault('checkpoint', dict(type='CheckpointHook'))
-    if hook and hook['type'] in (
-        _CheckpointHook,
-        'CheckpointHook',
-        'mmengine.CheckpointHook',
-    ):
+    plain = (_CheckpointHook, 'CheckpointHook', 'mmengine.CheckpointHook')
+    if hook and hook.get('type') in plain:
         hook['type'] = 'mmcnv2.CheckpointHook'
 
 
