@@ -53,9 +53,7 @@ class CheckpointHook(_CheckpointHook):
             # Left behind by a process that was killed while it wrote.
             for path in Path(self.out_dir).glob(f'*{PARTIAL}'):
                 path.unlink()
-        # Python lets no other thread listen.
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._note_signal)
+        _listen(self._note_signal)
 
     def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
         """Save if it is time to; stop if a signal has asked for it.
@@ -95,8 +93,7 @@ class CheckpointHook(_CheckpointHook):
     def after_train(self, runner: Runner) -> None:
         """Publish, as MMEngine does, and leave SIGTERM alone."""
         super().after_train(runner)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        _listen(signal.SIG_DFL)
 
     def _note_signal(self, *_: Any) -> None:
         self._told_to_stop = True
@@ -192,6 +189,12 @@ class CheckpointHook(_CheckpointHook):
             elif self.file_backend.isdir(path):
                 # DeepSpeed's.
                 self.file_backend.rmtree(path)
+
+
+def _listen(handler: Any) -> None:
+    # Python lets no other thread do so.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 class _RemovesLater:

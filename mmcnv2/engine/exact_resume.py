@@ -31,7 +31,7 @@ from ..registry import HOOKS, LOOPS
 # What the message hub holds goes into checkpoints.
 _DONE = 'batches_of_epoch_done'
 _ORDER_SEED = 'sampler_seed'
-_VALIDATED = 'validated_iter'
+_VALIDATED = 'iter_of_last_validation'
 
 _LOOPS_BY_EPOCHS = (
     _EpochBasedTrainLoop,

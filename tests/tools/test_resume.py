@@ -1,0 +1,330 @@
+"""Runs that are killed, told to stop, or cannot write, and what becomes of them.
+
+Each run is a fork of this process, so that signals and limits are real and imports are
+done. It is resumed and compared, bit by bit, with one that nothing happened to.
+"""
+
+import os
+import runpy
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+import torch
+
+from mmcnv2.engine.checkpoint import PARTIAL
+
+from .conftest import ROOT
+
+SCRIPT = runpy.run_path(str(ROOT / 'tools' / 'kill_and_resume.py'))
+outcome, differences = SCRIPT['outcome'], SCRIPT['differences']
+
+Run = Callable[..., CompletedProcess]
+
+# Three steps in two epochs: an epoch's checkpoint is written between two steps.
+PRETRAINING = """
+_base_ = 'fcmae.py'
+custom_imports = dict(imports=['mmcnv2', 'incidents'])
+custom_hooks = [dict(type='EMAHook')]
+model = dict(backbone=dict(drop_path_rate=0.5))
+train_dataloader = dict(
+    num_workers=2, persistent_workers=True, batch_size=1,
+    dataset=dict(indices=3, pipeline=[
+        dict(type='LoadImageFromFile'),
+        dict(type='RandomResizedCrop', scale=64, crop_ratio_range=(0.2, 1.0)),
+        dict(type='RandomFlip', prob=0.5),
+        dict(type='PackPretrainInputs')]))
+val_dataloader = _base_.test_dataloader
+val_evaluator = _base_.test_evaluator
+val_cfg = dict()
+train_cfg = dict(max_epochs=4, val_interval=2)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=5),
+    dict(type='CosineAnnealingLR', by_epoch=True, convert_to_iter_based=True)]
+optim_wrapper = dict(
+    _delete_=True, type='OptimWrapper', accumulative_counts=2,
+    optimizer=dict(type='AdamW', lr=1e-3))
+default_hooks = dict(
+    logger=dict(interval=2), checkpoint=dict(interval=1, max_keep_ckpts=2))
+"""
+
+DETECTION = """
+_base_ = 'det.py'
+custom_imports = dict(imports=['mmcnv2', 'incidents'])
+train_dataloader = dict(
+    num_workers=2, batch_size=2,
+    batch_sampler=dict(type='AspectRatioBatchSampler'),
+    dataset=dict(pipeline=[
+        dict(type='LoadImageFromFile'),
+        dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+        dict(type='RandomResize', scale=(96, 64), ratio_range=(0.7, 1.3)),
+        dict(type='RandomFlip', prob=0.5),
+        dict(type='PackDetInputs')]))
+train_cfg = dict(max_epochs=4)
+default_hooks = dict(
+    checkpoint=dict(by_epoch=False, interval=3, max_keep_ckpts=2))
+"""
+
+# Without a seed in the config, and with a sampler that ends.
+SEGMENTATION = """
+_base_ = 'seg.py'
+custom_imports = dict(imports=['mmcnv2', 'incidents'])
+model = dict(decode_head=dict(dropout_ratio=0.5))
+train_dataloader = dict(
+    num_workers=2, sampler=dict(type='DefaultSampler'),
+    dataset=dict(pipeline=[
+        dict(type='LoadImageFromFile'),
+        dict(type='LoadAnnotations'),
+        dict(type='RandomFlip', prob=0.5),
+        dict(type='PhotoMetricDistortion'),
+        dict(type='PackSegInputs')]))
+train_cfg = dict(max_iters=7)
+"""
+
+# What happens to a run, and when. Signals are real, and so are the limits of files.
+INCIDENTS = """
+import os
+import resource
+import signal
+
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+
+@HOOKS.register_module()
+class Signal(Hook):
+    def __init__(self, number, iteration=None, val_iteration=None, group=False, rank=0):
+        self.number, self.group, self.rank = number, group, rank
+        self.iteration, self.val_iteration = iteration, val_iteration
+
+    def send(self):
+        if self.group:
+            os.killpg(0, self.number)
+        elif get_rank() == self.rank:
+            os.kill(os.getpid(), self.number)
+
+    def before_train_iter(self, runner, batch_idx, data_batch):
+        if runner.iter == self.iteration:
+            self.send()
+
+    def before_val_iter(self, runner, batch_idx, data_batch):
+        if batch_idx == self.val_iteration:
+            self.send()
+
+
+@HOOKS.register_module()
+class FullDisk(Hook):
+    def __init__(self, iteration, fatal=False, until=None):
+        self.iteration, self.until, self.fatal = iteration, until, fatal
+
+    def before_train_iter(self, runner, batch_idx, data_batch):
+        if runner.iter == self.iteration:
+            # Beyond its limit a write fails, or, as by default, the process is killed.
+            if self.fatal:
+                signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+        if runner.iter == self.until:
+            limit = resource.RLIM_INFINITY
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+"""
+
+
+@pytest.fixture(scope='session')
+def configs(tools_folder: Path) -> Path:
+    """Hold ``pretrain.py``, ``detect.py`` and ``segment.py``."""
+    texts = {'pretrain': PRETRAINING, 'detect': DETECTION, 'segment': SEGMENTATION}
+    for name, text in {**texts, 'incidents': INCIDENTS}.items():
+        (tools_folder / f'{name}.py').write_text(text)
+    return tools_folder
+
+
+def train(configs: Path, argv: list[str], log: Path, env: dict[str, str]) -> None:
+    os.setsid()
+    with open(log, 'a') as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(env)
+    os.chdir(configs)
+    sys.path.insert(0, str(configs))
+    sys.argv = argv
+    runpy.run_path(str(ROOT / 'tools' / 'train.py'), run_name='__main__')
+
+
+class Runs:
+    """Runs of a config, in folders below one."""
+
+    def __init__(self, configs: Path, folder: Path, name: str) -> None:
+        self.configs, self.folder, self.name = configs, folder, name
+
+    def __call__(self, run: str, *settings: str, processes: int = 1) -> list[int]:
+        """Train, or go on; return the exit codes."""
+        work_dir = self.folder / run
+        work_dir.mkdir(exist_ok=True)
+        argv = ['train.py', f'{self.name}.py', '--work-dir', str(work_dir), '--resume']
+        argv += ['--cfg-options', *settings] if settings else []
+        argv += ['--launcher', 'pytorch'] if processes > 1 else []
+        env = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port())}
+        started = []
+        for rank in map(str, range(processes)):
+            ranks = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=str(processes))
+            args = (self.configs, argv, work_dir / 'log', {**env, **ranks})
+            process = get_context('fork').Process(target=train, args=args)
+            process.start()
+            started.append(process)
+        for process in started:
+            process.join()
+        self.pids = [process.pid for process in started]
+        return [process.exitcode for process in started]
+
+    def log(self, run: str) -> str:
+        return (self.folder / run / 'log').read_text()
+
+    def last(self, run: str) -> Path:
+        return Path((self.folder / run / 'last_checkpoint').read_text())
+
+    def outcome(self, run: str) -> dict:
+        return outcome(self.folder / run)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(('127.0.0.1', 0))
+        return listener.getsockname()[1]
+
+
+def incident(kind: str, **settings: object) -> str:
+    given = ','.join(f"'{key}':{value}" for key, value in settings.items())
+    return f"custom_hooks=[{{'type':'EMAHook'}},{{'type':'mmengine.{kind}',{given}}}]"
+
+
+def load(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+@pytest.fixture(scope='module')
+def pretraining(configs: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Have pre-trained without an incident, in ``whole``."""
+    runs = Runs(configs, tmp_path_factory.mktemp('pretraining'), 'pretrain')
+    assert runs('whole') == [0]
+    return runs
+
+
+def assert_same_end(runs: Runs, run: str, whole: str = 'whole') -> None:
+    assert runs(run) == [0], runs.log(run)
+    expected = runs.outcome(whole)
+    assert len(expected) > 100
+    assert differences(expected, runs.outcome(run)) == []
+
+
+@pytest.mark.parametrize('name', ['pretrain', 'detect'])
+def test_killed_at_random_moments(
+    name: str, run: Run, configs: Path, tmp_path: Path
+) -> None:
+    where = ['--work-dir', tmp_path / 'runs']
+    output = run('kill_and_resume.py', f'{name}.py', '--kills', 3, *where).stdout
+    assert output.count('kill ') == 3
+    assert 'bit by bit' in output
+
+
+def test_sigterm_within_an_epoch(pretraining: Runs) -> None:
+    # The loader's workers get it too, as a cluster may have it.
+    sigterm = incident('Signal', number=15, iteration=4, group=True)
+    assert pretraining('told', sigterm) == [143], pretraining.log('told')
+    assert 'Stopped by SIGTERM after iteration 6.' in pretraining.log('told')
+    assert pretraining.last('told').name == 'interrupted.pth'
+    # The fifth iteration is the first of a step's two.
+    meta = load(pretraining.last('told'))['meta']
+    assert (meta['epoch'], meta['iter']) == (1, 6)
+    assert_same_end(pretraining, 'told')
+    assert 'Epoch(train) [2]' not in pretraining.log('told').split('resumed epoch')[1]
+
+
+def test_sigterm_in_validation(pretraining: Runs) -> None:
+    sigterm = incident('Signal', number=15, val_iteration=1)
+    assert pretraining('validating', sigterm) == [143]
+    assert 'Stopped by SIGTERM after iteration 6.' in pretraining.log('validating')
+    assert_same_end(pretraining, 'validating')
+
+
+@pytest.mark.parametrize('name', ['detect', 'segment'])
+def test_sigterm_to_other_tasks(name: str, configs: Path, tmp_path: Path) -> None:
+    runs = Runs(configs, tmp_path, name)
+    assert runs('whole') == [0]
+    sigterm = incident('Signal', number=15, iteration=4)
+    assert runs('told', sigterm.replace("{'type':'EMAHook'},", '')) == [143]
+    assert load(runs.last('told'))['meta']['iter'] == 5
+    assert_same_end(runs, 'told')
+
+
+def test_sigterm_to_one_of_two_processes(configs: Path, tmp_path: Path) -> None:
+    runs = Runs(configs, tmp_path, 'pretrain')
+    pair = lambda run, *settings: runs(run, *settings, processes=2)  # noqa: E731
+    assert pair('whole') == [0, 0], runs.log('whole')
+    sigterm = incident('Signal', number=15, iteration=2, rank=1)
+    assert pair('told', sigterm) == [143, 143], runs.log('told')
+    assert load(runs.last('told'))['meta']['iter'] == 4
+    assert pair('told') == [0, 0]
+    assert differences(runs.outcome('whole'), runs.outcome('told')) == []
+
+
+def test_ctrl_c_ends_every_process(pretraining: Runs) -> None:
+    sigint = incident('Signal', number=2, iteration=4)
+    assert pretraining('interrupted', sigint) == [1]
+    assert 'KeyboardInterrupt' in pretraining.log('interrupted')
+    deadline = time.monotonic() + 10
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(pretraining.pids[0], 0)
+            time.sleep(0.1)
+
+
+def test_killed_while_writing(pretraining: Runs) -> None:
+    full = incident('FullDisk', iteration=7, fatal=True)
+    assert pretraining('writing', full) == [-signal.SIGXFSZ]
+    folder = pretraining.folder / 'writing'
+    assert (folder / f'epoch_3.pth{PARTIAL}').stat().st_size == 50_000
+    assert sorted(folder.glob('*.pth')) == [folder / f'epoch_{i}.pth' for i in (1, 2)]
+    assert pretraining.last('writing').name == 'epoch_2.pth'
+    assert_same_end(pretraining, 'writing')
+    assert not list(folder.glob(f'*{PARTIAL}'))
+
+
+def test_a_full_disk(pretraining: Runs) -> None:
+    full = incident('FullDisk', iteration=4, until=9)
+    assert pretraining('full', full) == [0]
+    message = 'could not be written ([Errno 27] File too large)'
+    assert pretraining.log('full').count(message) == 2
+    folder = pretraining.folder / 'full'
+    assert sorted(path.name for path in folder.glob('*.pth*')) == [
+        'epoch_1.pth',
+        'epoch_4.pth',
+    ]
+    assert differences(pretraining.outcome('whole'), pretraining.outcome('full')) == []
+
+
+def test_a_full_disk_that_stops_training(pretraining: Runs) -> None:
+    full = incident('FullDisk', iteration=4)
+    stop = 'default_hooks.checkpoint.stop_if_not_saved=True'
+    assert pretraining('stopped', full, stop) == [1]
+    assert 'Training stops for it.' in pretraining.log('stopped')
+    assert pretraining.last('stopped').name == 'epoch_1.pth'
+    assert_same_end(pretraining, 'stopped')
+
+
+def test_a_truncated_checkpoint_is_skipped(pretraining: Runs) -> None:
+    folder = pretraining.folder / 'truncated'
+    shutil.copytree(pretraining.folder / 'whole', folder)
+    last = folder / 'epoch_4.pth'
+    (folder / 'last_checkpoint').write_text(str(last))
+    os.truncate(last, last.stat().st_size // 2)
+    assert_same_end(pretraining, 'truncated')
+    assert f'Skipped: Cannot read {last}' in pretraining.log('truncated')
+    assert f'Load checkpoint from {folder}/epoch_3.pth' in pretraining.log('truncated')
