@@ -108,9 +108,8 @@ def flatten(value: Any, name: str = '') -> dict[str, Any]:
         value = enumerate(value)
     else:
         return {name: value}
-    return {
-        k: v for key, each in value for k, v in flatten(each, f'{name}/{key}').items()
-    }
+    parts = [flatten(each, f'{name}/{key}') for key, each in value]
+    return {key: each for part in parts for key, each in part.items()}
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:

@@ -24,15 +24,23 @@ from mmcnv2.engine.checkpoint import PARTIAL
 from .conftest import ROOT
 
 SCRIPT = runpy.run_path(str(ROOT / 'tools' / 'kill_and_resume.py'))
+import_library = SCRIPT['import_library']
 outcome, differences = SCRIPT['outcome'], SCRIPT['differences']
 
 Run = Callable[..., CompletedProcess]
 
+HOOKS = """
+custom_imports = dict(imports=['mmcnv2', 'incidents'])
+custom_hooks = [
+    dict(type='EMAHook'),
+    dict(type='mmengine.Signal'),
+    dict(type='mmengine.FullDisk')]
+"""
+
 # Three steps in two epochs: an epoch's checkpoint is written between two steps.
 PRETRAINING = """
 _base_ = 'fcmae.py'
-custom_imports = dict(imports=['mmcnv2', 'incidents'])
-custom_hooks = [dict(type='EMAHook')]
+{hooks}
 model = dict(backbone=dict(drop_path_rate=0.5))
 train_dataloader = dict(
     num_workers=2, persistent_workers=True, batch_size=1,
@@ -57,7 +65,7 @@ default_hooks = dict(
 
 DETECTION = """
 _base_ = 'det.py'
-custom_imports = dict(imports=['mmcnv2', 'incidents'])
+{hooks}
 train_dataloader = dict(
     num_workers=2, batch_size=2,
     batch_sampler=dict(type='AspectRatioBatchSampler'),
@@ -75,7 +83,7 @@ default_hooks = dict(
 # Without a seed in the config, and with a sampler that ends.
 SEGMENTATION = """
 _base_ = 'seg.py'
-custom_imports = dict(imports=['mmcnv2', 'incidents'])
+{hooks}
 model = dict(decode_head=dict(dropout_ratio=0.5))
 train_dataloader = dict(
     num_workers=2, sampler=dict(type='DefaultSampler'),
@@ -101,9 +109,9 @@ from mmengine.registry import HOOKS
 
 @HOOKS.register_module()
 class Signal(Hook):
-    def __init__(self, number, iteration=None, val_iteration=None, group=False, rank=0):
+    def __init__(self, number=15, at=None, at_validation=None, group=False, rank=0):
         self.number, self.group, self.rank = number, group, rank
-        self.iteration, self.val_iteration = iteration, val_iteration
+        self.iteration, self.val_iteration = at, at_validation
 
     def send(self):
         if self.group:
@@ -122,8 +130,8 @@ class Signal(Hook):
 
 @HOOKS.register_module()
 class FullDisk(Hook):
-    def __init__(self, iteration, fatal=False, until=None):
-        self.iteration, self.until, self.fatal = iteration, until, fatal
+    def __init__(self, at=None, until=None, fatal=False):
+        self.iteration, self.until, self.fatal = at, until, fatal
 
     def before_train_iter(self, runner, batch_idx, data_batch):
         if runner.iter == self.iteration:
@@ -141,16 +149,15 @@ class FullDisk(Hook):
 def configs(tools_folder: Path) -> Path:
     """Hold ``pretrain.py``, ``detect.py`` and ``segment.py``."""
     texts = {'pretrain': PRETRAINING, 'detect': DETECTION, 'segment': SEGMENTATION}
-    for name, text in {**texts, 'incidents': INCIDENTS}.items():
-        (tools_folder / f'{name}.py').write_text(text)
+    for name, text in texts.items():
+        (tools_folder / f'{name}.py').write_text(text.replace('{hooks}', HOOKS))
+    (tools_folder / 'incidents.py').write_text(INCIDENTS)
     return tools_folder
 
 
 def train(configs: Path, argv: list[str], log: Path, env: dict[str, str]) -> None:
     os.setsid()
-    with open(log, 'a') as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    sys.stdout = sys.stderr = open(log, 'a', buffering=1)  # noqa: SIM115
     os.environ.update(env)
     os.chdir(configs)
     sys.path.insert(0, str(configs))
@@ -163,6 +170,8 @@ class Runs:
 
     def __init__(self, configs: Path, folder: Path, name: str) -> None:
         self.configs, self.folder, self.name = configs, folder, name
+        for library in ('mmdet', 'mmseg'):
+            import_library(library)
 
     def __call__(self, run: str, *settings: str, processes: int = 1) -> list[int]:
         """Train, or go on; return the exit codes."""
@@ -200,9 +209,20 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def incident(kind: str, **settings: object) -> str:
-    given = ','.join(f"'{key}':{value}" for key, value in settings.items())
-    return f"custom_hooks=[{{'type':'EMAHook'}},{{'type':'mmengine.{kind}',{given}}}]"
+def signal_to(**settings: object) -> list[str]:
+    return [f'custom_hooks.1.{key}={value}' for key, value in settings.items()]
+
+
+def full_disk(**settings: object) -> list[str]:
+    return [f'custom_hooks.2.{key}={value}' for key, value in settings.items()]
+
+
+def has_processes(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def load(path: Path) -> dict:
@@ -236,8 +256,8 @@ def test_killed_at_random_moments(
 
 def test_sigterm_within_an_epoch(pretraining: Runs) -> None:
     # The loader's workers get it too, as a cluster may have it.
-    sigterm = incident('Signal', number=15, iteration=4, group=True)
-    assert pretraining('told', sigterm) == [143], pretraining.log('told')
+    sigterm = signal_to(at=4, group=True)
+    assert pretraining('told', *sigterm) == [143], pretraining.log('told')
     assert 'Stopped by SIGTERM after iteration 6.' in pretraining.log('told')
     assert pretraining.last('told').name == 'interrupted.pth'
     # The fifth iteration is the first of a step's two.
@@ -248,8 +268,8 @@ def test_sigterm_within_an_epoch(pretraining: Runs) -> None:
 
 
 def test_sigterm_in_validation(pretraining: Runs) -> None:
-    sigterm = incident('Signal', number=15, val_iteration=1)
-    assert pretraining('validating', sigterm) == [143]
+    sigterm = signal_to(at_validation=1)
+    assert pretraining('validating', *sigterm) == [143]
     assert 'Stopped by SIGTERM after iteration 6.' in pretraining.log('validating')
     assert_same_end(pretraining, 'validating')
 
@@ -258,8 +278,7 @@ def test_sigterm_in_validation(pretraining: Runs) -> None:
 def test_sigterm_to_other_tasks(name: str, configs: Path, tmp_path: Path) -> None:
     runs = Runs(configs, tmp_path, name)
     assert runs('whole') == [0]
-    sigterm = incident('Signal', number=15, iteration=4)
-    assert runs('told', sigterm.replace("{'type':'EMAHook'},", '')) == [143]
+    assert runs('told', *signal_to(at=4)) == [143]
     assert load(runs.last('told'))['meta']['iter'] == 5
     assert_same_end(runs, 'told')
 
@@ -268,27 +287,24 @@ def test_sigterm_to_one_of_two_processes(configs: Path, tmp_path: Path) -> None:
     runs = Runs(configs, tmp_path, 'pretrain')
     pair = lambda run, *settings: runs(run, *settings, processes=2)  # noqa: E731
     assert pair('whole') == [0, 0], runs.log('whole')
-    sigterm = incident('Signal', number=15, iteration=2, rank=1)
-    assert pair('told', sigterm) == [143, 143], runs.log('told')
+    assert pair('told', *signal_to(at=2, rank=1)) == [143, 143], runs.log('told')
     assert load(runs.last('told'))['meta']['iter'] == 4
     assert pair('told') == [0, 0]
     assert differences(runs.outcome('whole'), runs.outcome('told')) == []
 
 
 def test_ctrl_c_ends_every_process(pretraining: Runs) -> None:
-    sigint = incident('Signal', number=2, iteration=4)
-    assert pretraining('interrupted', sigint) == [1]
+    assert pretraining('interrupted', *signal_to(number=2, at=4)) == [1]
     assert 'KeyboardInterrupt' in pretraining.log('interrupted')
     deadline = time.monotonic() + 10
-    with pytest.raises(ProcessLookupError):
-        while time.monotonic() < deadline:
-            os.killpg(pretraining.pids[0], 0)
-            time.sleep(0.1)
+    while has_processes(pretraining.pids[0]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not has_processes(pretraining.pids[0])
 
 
 def test_killed_while_writing(pretraining: Runs) -> None:
-    full = incident('FullDisk', iteration=7, fatal=True)
-    assert pretraining('writing', full) == [-signal.SIGXFSZ]
+    full = full_disk(at=7, fatal=True)
+    assert pretraining('writing', *full) == [-signal.SIGXFSZ]
     folder = pretraining.folder / 'writing'
     assert (folder / f'epoch_3.pth{PARTIAL}').stat().st_size == 50_000
     assert sorted(folder.glob('*.pth')) == [folder / f'epoch_{i}.pth' for i in (1, 2)]
@@ -298,8 +314,7 @@ def test_killed_while_writing(pretraining: Runs) -> None:
 
 
 def test_a_full_disk(pretraining: Runs) -> None:
-    full = incident('FullDisk', iteration=4, until=9)
-    assert pretraining('full', full) == [0]
+    assert pretraining('full', *full_disk(at=4, until=9)) == [0]
     message = 'could not be written ([Errno 27] File too large)'
     assert pretraining.log('full').count(message) == 2
     folder = pretraining.folder / 'full'
@@ -311,9 +326,8 @@ def test_a_full_disk(pretraining: Runs) -> None:
 
 
 def test_a_full_disk_that_stops_training(pretraining: Runs) -> None:
-    full = incident('FullDisk', iteration=4)
     stop = 'default_hooks.checkpoint.stop_if_not_saved=True'
-    assert pretraining('stopped', full, stop) == [1]
+    assert pretraining('stopped', *full_disk(at=4), stop) == [1]
     assert 'Training stops for it.' in pretraining.log('stopped')
     assert pretraining.last('stopped').name == 'epoch_1.pth'
     assert_same_end(pretraining, 'stopped')
