@@ -101,6 +101,7 @@ INCIDENTS = """
 import os
 import resource
 import signal
+import subprocess
 
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
@@ -115,7 +116,9 @@ class Signal(Hook):
 
     def send(self):
         if self.group:
-            os.killpg(0, self.number)
+            # From elsewhere, for a worker does end if its parent says so.
+            kill = ['kill', f'-{self.number}', '--', f'-{os.getpgrp()}']
+            subprocess.run(kill, check=True, start_new_session=True)
         elif get_rank() == self.rank:
             os.kill(os.getpid(), self.number)
 
