@@ -287,7 +287,8 @@ def write_whole(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise
     # The folder's entry too shall outlast a power cut, where the file system can do so.
     with suppress(OSError):

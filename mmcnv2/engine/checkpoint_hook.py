@@ -5,6 +5,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,9 @@ class CheckpointHook(_CheckpointHook):
         super().before_train(runner)
         if is_main_process():
             # Left behind by a process that was killed while it wrote.
-            for path in Path(self.out_dir).glob(f'*{PARTIAL}'):
-                path.unlink()
+            for path in Path(self.out_dir).glob(f'*.pth{PARTIAL}'):
+                with suppress(OSError):
+                    path.unlink()
         _listen(self._note_signal)
 
     def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:

@@ -26,7 +26,7 @@ from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import nn
 from torch.utils.data import BatchSampler, Sampler
 
-from ..registry import HOOKS, LOOPS
+from ..registry import FUNCTIONS, HOOKS, LOOPS
 
 # What the message hub holds goes into checkpoints.
 _DONE = 'batches_of_epoch_done'
@@ -46,7 +46,9 @@ def seed_draws(*place: int) -> None:
     Args:
         *place: The seed of the run, and numbers that no other place has.
     """
-    python, numpy, pytorch = np.random.SeedSequence(place).generate_state(3)
+    # It takes a number that is not there for a zero.
+    sequence = np.random.SeedSequence((len(place), *place))
+    python, numpy, pytorch = sequence.generate_state(3)
     random.seed(int(python))
     np.random.seed(numpy)
     torch.manual_seed(int(pytorch))
@@ -280,6 +282,7 @@ def share_gradients(runner: Runner) -> None:
     all_reduce_params([param.grad for param in params], op='mean')
 
 
+@FUNCTIONS.register_module()
 def start_worker(worker_id: int, **kwargs: Any) -> None:
     """Let a loader worker outlive a SIGTERM that is not from its parent.
 
@@ -331,7 +334,7 @@ def _protect_workers(loader: dict, runner: Runner) -> None:
     if 'worker_init_fn' in loader:
         return
     loader['worker_init_fn'] = dict(
-        type=start_worker,
+        type='mmcnv2.start_worker',
         num_workers=loader.get('num_workers', 0),
         rank=get_rank(),
         seed=runner.seed,
