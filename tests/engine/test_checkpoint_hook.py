@@ -125,7 +125,7 @@ def test_without_a_note_of_use_the_newest_is_taken(run: Path, note: str | None) 
 def test_none_that_can_be_read(run: Path) -> None:
     for path in run.glob('epoch_*.pth'):
         os.truncate(path, 100)
-    with pytest.raises(SystemExit, match='none of the checkpoints in .* can be read'):
+    with pytest.raises(SystemExit, match=r'none of the checkpoints in .* can be read'):
         find_resumable(str(run))
 
 
