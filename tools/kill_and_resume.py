@@ -30,6 +30,8 @@ from mmcnv2.engine.checkpoint import load_from_local
 from mmcnv2.engine.launch import add_config_arguments, read_config
 
 TRAIN = Path(__file__).with_name('train.py')
+# What MMEngine says when it begins to train.
+BEGINS = 'Checkpoints will be saved to'
 # Besides what the message hub logs, which is looked at too.
 COMPARED = ('state_dict', 'optimizer', 'ema_state_dict', 'param_schedulers')
 
@@ -82,9 +84,19 @@ def train(argv: list[str], log: Path) -> None:
     runpy.run_path(argv[0], run_name='__main__')
 
 
+def await_training(process: BaseProcess, log: Path, begun: int) -> None:
+    """Wait until the log says once more that training begins."""
+    while process.is_alive() and read(log).count(BEGINS) <= begun:
+        time.sleep(0.01)
+
+
+def read(log: Path) -> str:
+    return log.read_text() if log.exists() else ''
+
+
 def check_end(process: BaseProcess, log: Path) -> None:
     if process.exitcode:
-        last = '\n'.join(log.read_text().splitlines()[-20:])
+        last = '\n'.join(read(log).splitlines()[-20:])
         raise SystemExit(f'Training failed ({log}):\n{last}')
 
 
@@ -143,7 +155,10 @@ def kill_and_resume(
         shutil.rmtree(work_dir, ignore_errors=True)
         running = True
         while running:
+            log = work_dir / 'log'
+            begun = read(log).count(BEGINS)
             process = start(work_dir, args.config, settings)
+            await_training(process, log, begun)
             moment = moments.uniform(0, seconds) if kills < args.kills else None
             process.join(moment)
             running = process.is_alive()
@@ -154,7 +169,7 @@ def kill_and_resume(
                 note = work_dir / 'last_checkpoint'
                 last = Path(note.read_text()).name if note.exists() else 'no checkpoint'
                 print(f'kill {kills}: after {moment:.2f} s, with {last}', flush=True)
-        check_end(process, work_dir / 'log')
+        check_end(process, log)
         compare(expected, work_dir)
 
 
@@ -165,8 +180,9 @@ def main() -> None:
     settings = settings_of(args)
     whole = Path(args.work_dir, 'whole')
     shutil.rmtree(whole, ignore_errors=True)
-    began = time.monotonic()
     process = start(whole, args.config, settings)
+    await_training(process, whole / 'log', 0)
+    began = time.monotonic()
     process.join()
     check_end(process, whole / 'log')
     seconds = time.monotonic() - began
