@@ -75,7 +75,7 @@ train_dataloader = dict(
         dict(type='RandomResize', scale=(96, 64), ratio_range=(0.7, 1.3)),
         dict(type='RandomFlip', prob=0.5),
         dict(type='PackDetInputs')]))
-train_cfg = dict(max_epochs=4)
+train_cfg = dict(max_epochs=3)
 default_hooks = dict(
     checkpoint=dict(by_epoch=False, interval=3, max_keep_ckpts=2))
 """
