@@ -2,6 +2,7 @@
 # Train on a Slurm cluster:
 #   tools/slurm_train.sh PARTITION JOB_NAME CONFIG WORK_DIR [arguments of train.py]
 # GPUS, GPUS_PER_NODE, CPUS_PER_TASK and SRUN_ARGS choose the resources.
+# Two minutes before its time is over the run saves a checkpoint and ends.
 set -euxo pipefail
 
 PARTITION=$1
@@ -17,6 +18,7 @@ srun -p "$PARTITION" \
     --ntasks-per-node="${GPUS_PER_NODE:-8}" \
     --cpus-per-task="${CPUS_PER_TASK:-5}" \
     --kill-on-bad-exit=1 \
+    --signal=TERM@120 \
     ${SRUN_ARGS:-} \
     python -u "$(dirname "$0")/train.py" "$CONFIG" --work-dir="$WORK_DIR" \
     --launcher=slurm "${@:5}"

@@ -2,6 +2,8 @@
 
 from . import checkpoint
 from .broken_images import BrokenImagesHook
+from .checkpoint_hook import CheckpointHook
+from .exact_resume import EpochBasedTrainLoop, ExactResumeHook
 from .feature_diversity import FeatureDiversityHook
 from .fsdp import FSDPStrategy, wrap_blocks
 from .layer_decay import LayerDecayOptimWrapperConstructor
@@ -10,6 +12,9 @@ from .pretrained import PretrainedBackbone
 
 __all__ = [
     'BrokenImagesHook',
+    'CheckpointHook',
+    'EpochBasedTrainLoop',
+    'ExactResumeHook',
     'FSDPStrategy',
     'FeatureDiversityHook',
     'LayerDecayOptimWrapperConstructor',

@@ -1,13 +1,18 @@
-"""Safe loading of checkpoints, so that ``--resume`` works and nothing else gets in.
+"""Safe checkpoints: loaded so that nothing else gets in, written whole or not at all.
 
 torch 2.6 and later load with ``weights_only=True`` and refuse what they do not know.
 MMEngine's training checkpoints hold a few such types besides tensors. Importing this
 module allows exactly those, and replaces MMEngine's loaders of local files and of URLs
-by ones that always load safely and say in one message what is wrong with a file.
+by ones that always load safely and say in one message what is wrong with a file. It
+also replaces how MMEngine writes local checkpoints by a way that leaves either the old
+file or the new one, whenever it is interrupted.
 """
 
+import logging
+import os
 import re
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from types import FunctionType, ModuleType
@@ -17,7 +22,8 @@ from urllib.parse import urlparse
 import numpy as np
 import torch
 from mmengine.dist import barrier, is_main_process
-from mmengine.logging import HistoryBuffer
+from mmengine.fileio.backends import LocalBackend, register_backend
+from mmengine.logging import HistoryBuffer, print_log
 from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 from mmengine.runner.checkpoint import (
     CheckpointLoader,
@@ -44,6 +50,9 @@ _MODEL_ZOOS = {
     'openmmlab': get_external_models,
     'torchvision': get_torchvision_models,
 }
+
+# How a file ends that is being written.
+PARTIAL = '.partial'
 
 # What torch says of a device that is not there, and of memory that does not suffice.
 _NOT_THE_FILE = re.compile(r'map_location|allocate|out of memory')
@@ -220,6 +229,105 @@ def load_from_model_zoo(filename: str, map_location: Any = None) -> Any:
         if key.startswith('backbone.')
     }
     return {'state_dict': backbone}
+
+
+def find_resumable(work_dir: str) -> str | None:
+    """Find the last checkpoint of a run that can be resumed from.
+
+    That is the one that ``last_checkpoint`` names or, if it cannot be read, the newest
+    of the others that can. Each that cannot is named in a warning.
+
+    Args:
+        work_dir: Folder of the run.
+
+    Returns:
+        Its path; None if there is no checkpoint at all.
+
+    Raises:
+        SystemExit: There are checkpoints, but none can be read.
+    """
+    paths = _last_ones_first(Path(work_dir))
+    for path in paths:
+        # Only what is a local file can be looked into.
+        if '://' in path or Path(path).is_dir():
+            return path
+        try:
+            load_from_local(path, 'cpu')
+        except (OSError, RuntimeError) as error:
+            print_log(f'Skipped: {error}', 'current', logging.WARNING)
+        else:
+            return path
+    if paths:
+        raise SystemExit(
+            f'Cannot resume: none of the checkpoints in {work_dir} can be read. To '
+            'start anew leave --resume out.'
+        )
+    return None
+
+
+def _last_ones_first(work_dir: Path) -> list[str]:
+    note, last = work_dir / 'last_checkpoint', ''
+    if note.is_file():
+        last = note.read_text().strip()
+    if '://' in last:
+        return [last]
+    # The best ones, and published ones, have no state of the optimizer.
+    pattern = re.compile(r'(?!best_).*?(_\d+|interrupted)\.pth')
+    found = {
+        path
+        for folder in {work_dir, Path(last).parent if last else work_dir}
+        for path in folder.glob('*.pth')
+        if pattern.fullmatch(path.name) and path != Path(last)
+    }
+    newest = sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+    return [last] * bool(last) + [str(path) for path in newest]
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file such that at any moment there is the whole old or the whole new one.
+
+    Args:
+        path: Of the file.
+        content: Of the file.
+
+    Raises:
+        OSError: It cannot be written. The old one is still there.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        with open(partial, 'wb') as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink()
+        raise
+    # The folder's entry too shall outlast a power cut, where the file system can do so.
+    with suppress(OSError):
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+@register_backend('local', force=True, prefixes='')
+class WholeCheckpoints(LocalBackend):
+    """MMEngine's way to files, which writes checkpoints by :func:`write_whole`."""
+
+    def put(self, obj: bytes, filepath: str | os.PathLike[str]) -> None:
+        """Write a file.
+
+        Args:
+            obj: Content of the file.
+            filepath: Its path. Its folder need not exist.
+        """
+        path = Path(filepath)
+        if path.suffix == '.pth':
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, obj)
+        else:
+            super().put(obj, path)
 
 
 def import_safetensors() -> ModuleType:

@@ -9,12 +9,15 @@ from typing import Any
 import torch.distributed
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
-from mmengine.dist import is_main_process
+from mmengine.dist import broadcast_object_list, is_main_process
+from mmengine.hooks import CheckpointHook as _CheckpointHook
 from mmengine.hooks import Hook
 from mmengine.registry import DATASETS, RUNNERS
 from mmengine.runner import Runner
 
 from ..datasets.coco_check import check_coco
+from .checkpoint import find_resumable
+from .exact_resume import make_resumable
 from .nonfinite_loss import NonFiniteLossHook
 
 
@@ -97,10 +100,11 @@ def load_config(args: Namespace) -> Config:
 def build_runner(cfg: Config) -> Runner:
     """Build the config's runner, also for several processes without accelerators.
 
-    Where ``auto_scale_lr`` is enabled it counts accumulated batches too, and where the
-    runner shall resume it refuses a file of weights alone. Losses that are not finite
-    stop training (:class:`~mmcnv2.engine.NonFiniteLossHook`) also where the config says
-    nothing of them.
+    Where ``auto_scale_lr`` is enabled it counts accumulated batches too. Training is
+    exactly resumable, and losses that are not finite stop it
+    (:class:`~mmcnv2.engine.NonFiniteLossHook`) also where the config says nothing of
+    them. It resumes from the last checkpoint that can be read, and refuses a file of
+    weights alone.
 
     Args:
         cfg: A config that is ready to run.
@@ -112,6 +116,7 @@ def build_runner(cfg: Config) -> Runner:
         SystemExit: If ``auto_scale_lr`` is enabled without ``base_batch_size``.
     """
     _check_auto_scale_lr(cfg)
+    _save_safely(cfg)
     if cfg.launcher == 'pytorch' and get_device() == 'cpu':
         _distribute_over_cpus(cfg)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
@@ -119,6 +124,9 @@ def build_runner(cfg: Config) -> Runner:
     runner.register_hook(_ResumeFromRuns(), priority='VERY_HIGH')
     if not any(isinstance(hook, NonFiniteLossHook) for hook in runner.hooks):
         runner.register_hook(NonFiniteLossHook())
+    make_resumable(runner)
+    if runner._resume is True and runner._load_from is None:
+        runner._load_from = _found_by_first(runner.work_dir)
     return runner
 
 
@@ -191,6 +199,21 @@ def _check_auto_scale_lr(cfg: Config) -> None:
             'step, over all processes and accumulated batches, that its learning rate '
             'is for.'
         )
+
+
+def _save_safely(cfg: Config) -> None:
+    hooks = cfg.setdefault('default_hooks', {})
+    hook = hooks.setdefault('checkpoint', dict(type='CheckpointHook'))
+    plain = (_CheckpointHook, 'CheckpointHook', 'mmengine.CheckpointHook')
+    if hook and hook.get('type') in plain:
+        hook['type'] = 'mmcnv2.CheckpointHook'
+
+
+def _found_by_first(work_dir: str) -> str | None:
+    """Let one process look for a checkpoint, so that all take the same."""
+    found = [find_resumable(work_dir) if is_main_process() else None]
+    broadcast_object_list(found)
+    return found[0]
 
 
 def _count_accumulated_batches(runner: Runner, cfg: Config) -> None:

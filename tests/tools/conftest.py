@@ -218,6 +218,7 @@ def run(tools_folder: Path) -> Run:
     ) -> subprocess.CompletedProcess:
         starter = [sys.executable] if tool.endswith('.py') else ['bash']
         path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
+        # The checkout of these tests, whichever is installed.
         modules = f'{tools_folder}{os.pathsep}{ROOT}'
         result = subprocess.run(
             [*starter, str(ROOT / 'tools' / tool), *map(str, args)],

@@ -39,6 +39,7 @@ def test_arguments_arrive(
     resources = dict(GPUS='16', GPUS_PER_NODE='4', SRUN_ARGS='--mem=8G --time=1:00')
     asked = call(tmp_path, script, *given, **resources)
     start = asked.index('python')
+    tool = script.removeprefix('slurm_').replace('.sh', '.py')
     assert asked[:start] == [
         '-p',
         'gpu',
@@ -48,10 +49,10 @@ def test_arguments_arrive(
         '--ntasks-per-node=4',
         '--cpus-per-task=5',
         '--kill-on-bad-exit=1',
+        *(['--signal=TERM@120'] if tool == 'train.py' else []),
         '--mem=8G',
         '--time=1:00',
     ]
-    tool = script.removeprefix('slurm_').replace('.sh', '.py')
     assert asked[start : start + 2] == ['python', '-u']
     assert Path(asked[start + 2]) == TOOLS / tool
     assert sorted(asked[start + 3 :]) == sorted(
