@@ -5,8 +5,6 @@ checkpoints that it ends with get the names that the page goes on with.
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -17,6 +15,7 @@ import torch
 from mmcnv2.engine.conversion import convert_weights
 from mmcnv2.models import ConvNeXtV2
 
+from .commands import run_tool
 from .test_commands import calls_of, folder, write_configs  # noqa: F401
 
 LOADERS = [
@@ -71,13 +70,7 @@ def follow(page: str, where: Path, settings: dict[str, list[str]]) -> None:
             # Only training has a loop to shorten.
             tiny = [s for s in tiny if 'train.py' in args[0] or 'train_cfg' not in s]
             args += [*given, *tiny]
-        done = subprocess.run(
-            [sys.executable, *args],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
+        done = run_tool(args, where)
         assert done.returncode == 0, f'{args}\n{done.stdout}'
         name_checkpoints(named)
 

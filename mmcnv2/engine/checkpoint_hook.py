@@ -135,6 +135,8 @@ class CheckpointHook(_CheckpointHook):
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
         """Remove the best checkpoint so far when there is a better one, not before."""
+        if not self.save_best:
+            return
         self.file_backend = later = _RemovesLater(self.file_backend)
         try:
             super()._save_best_checkpoint(runner, metrics)

@@ -12,6 +12,8 @@ import cv2
 import numpy as np
 import pytest
 
+from ..commands import run_tool
+
 ROOT = Path(__file__).resolve().parents[2]
 Run = Callable[..., subprocess.CompletedProcess]
 
@@ -209,6 +211,21 @@ def tools_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def run_script(
+    command: list[str], cwd: Path, modules: list[str]
+) -> subprocess.CompletedProcess:
+    path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
+    return subprocess.run(
+        ['bash', *command],
+        env={**os.environ, 'PATH': path, 'PYTHONPATH': os.pathsep.join(modules)},
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+
+
 @pytest.fixture(scope='session')
 def run(tools_folder: Path) -> Run:
     """Run a tool in the folder above, and fail with its output if it fails."""
@@ -216,19 +233,13 @@ def run(tools_folder: Path) -> Run:
     def run(
         tool: str, *args: object, fails: bool = False
     ) -> subprocess.CompletedProcess:
-        starter = [sys.executable] if tool.endswith('.py') else ['bash']
-        path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
+        command = [str(ROOT / 'tools' / tool), *map(str, args)]
         # The checkout of these tests, whichever is installed.
-        modules = f'{tools_folder}{os.pathsep}{ROOT}'
-        result = subprocess.run(
-            [*starter, str(ROOT / 'tools' / tool), *map(str, args)],
-            env={**os.environ, 'PATH': path, 'PYTHONPATH': modules},
-            cwd=tools_folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
+        modules = [str(tools_folder), str(ROOT)]
+        if tool.endswith('.py'):
+            result = run_tool(command, tools_folder, modules)
+        else:
+            result = run_script(command, tools_folder, modules)
         assert (result.returncode != 0) == fails, result.stdout
         return result
 
