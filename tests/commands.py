@@ -61,7 +61,7 @@ def _run(
     for stream in (1, 2):
         os.dup2(file, stream)
     os.environ.clear()
-    os.environ.update(environment)
+    os.environ.update(environment, PYTHONPATH=os.pathsep.join(modules))
     os.chdir(cwd)
     sys.argv = command
     sys.path[:0] = modules

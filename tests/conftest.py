@@ -1,6 +1,7 @@
 """What tests of several folders need, and what keeps them independent."""
 
 import os
+import signal
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +24,9 @@ import_torchvision()
 # Tests run in several processes, and start more: each with a thread is the quickest.
 torch.set_num_threads(1)
 os.environ.setdefault('OMP_NUM_THREADS', '1')
+
+# Where a shell runs them in the background, what they start would ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
