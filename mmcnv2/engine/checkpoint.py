@@ -12,7 +12,8 @@ import logging
 import os
 import re
 import zipfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from types import FunctionType, ModuleType
@@ -294,16 +295,29 @@ def write_whole(path: Path, content: bytes) -> None:
         OSError: It cannot be written. The old one is still there.
     """
     partial = path.with_name(path.name + PARTIAL)
+    with renamed_when_whole(partial, path):
+        partial.write_bytes(content)
+
+
+@contextmanager
+def renamed_when_whole(partial: Path, path: Path) -> Iterator[None]:
+    """Put what is written meanwhile in the place of a file, or leave that as it is.
+
+    Args:
+        partial: What is written, in the same folder. It is gone afterwards.
+        path: The file.
+
+    Raises:
+        OSError: The disk cannot take it.
+    """
     try:
-        with open(partial, 'wb') as file:
-            file.write(content)
-            file.flush()
+        yield
+        with open(partial, 'rb+') as file:
             os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError:
+        partial.replace(path)
+    finally:
         with suppress(OSError):
-            partial.unlink()
-        raise
+            partial.unlink(missing_ok=True)
     # The folder's entry too shall outlast a power cut, where the file system can do so.
     with suppress(OSError):
         folder = os.open(path.parent, os.O_RDONLY)

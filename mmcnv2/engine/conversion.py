@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ..models.convnextv2 import NUM_STAGES, ConvNeXtV2, describe_arch, has_grn
 from ..models.fcmae import FCMAEDecoder
-from .checkpoint import import_safetensors
+from .checkpoint import import_safetensors, renamed_when_whole
 
 Weights = dict[str, Tensor]
 
@@ -367,7 +367,7 @@ def save_weights(weights: Weights, path: str | Path, holder: str | None = None) 
     # A name that no other process takes, and a replacement within one file system.
     unfinished = path.with_name(f'.{path.name}.{os.getpid()}.unfinished')
     weights = {name: value.contiguous() for name, value in weights.items()}
-    try:
+    with renamed_when_whole(unfinished, path):
         if path.suffix == '.safetensors':
             # transformers refuses files that do not say this.
             import_safetensors().torch.save_file(
@@ -375,9 +375,6 @@ def save_weights(weights: Weights, path: str | Path, holder: str | None = None) 
             )
         else:
             torch.save({holder: weights} if holder else weights, unfinished)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _check_known(name: str, known: Sequence[str]) -> None:
