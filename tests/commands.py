@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -48,6 +49,13 @@ def run_tool(
         job.start()
         job.join()
         return subprocess.CompletedProcess(command, job.exitcode, output.read_text())
+
+
+def free_port() -> int:
+    """Return a port that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(('127.0.0.1', 0))
+        return listener.getsockname()[1]
 
 
 def _run(

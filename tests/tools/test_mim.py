@@ -1,4 +1,4 @@
-"""What ``docs/mim.md`` says MIM does."""
+"""The commands of ``docs/mim.md``, one after the other, with settings that shorten."""
 
 import subprocess
 import sys
@@ -8,21 +8,50 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmcnv2.datasets.demo_scenes import make_demo_scenes
-
-from .test_openmmlab import COUNTS, SEGMENTOR, of_scenes
+from ..test_commands import calls_of, folder  # noqa: F401
+from ..test_tutorials import name_checkpoints
+from .test_openmmlab import DETECTOR, SEGMENTOR, of_scenes, scenes  # noqa: F401
 
 pytestmark = pytest.mark.skipif(
     find_spec('mim') is None, reason='MIM is absent: pip install openmim'
 )
+SHORT = {
+    DETECTOR: ['train_cfg.max_epochs=1'],
+    SEGMENTOR: ['train_cfg.max_iters=2', 'default_hooks.checkpoint.interval=2'],
+}
+# What each command says, by its beginning, or what it leaves behind.
+EXPECTED = {
+    'train mmcnv2': Path('work_dirs', Path(SEGMENTOR).stem, 'iter_2.pth'),
+    'test mmcnv2': 'mIoU: ',
+    'run mmcnv2 print_config': "type='mmcnv2.ConvNeXtV2'",
+    'search mmcnv2': 'ade20k',
+    'train mmdet': Path('work_dirs', Path(DETECTOR).stem, 'epoch_1.pth'),
+    'test mmseg': 'mIoU: ',
+}
 
 
-def mim(folder: Path, *args: object) -> str:
-    """Run MIM in a folder; return what it prints."""
+def test_page(folder, scenes):  # noqa: F811
+    Path('data').mkdir()
+    Path('data', 'demo_scenes').symlink_to(scenes)
+    Path('my_config.py').write_text(f"_base_ = 'configs/demo/{SEGMENTOR}'")
+    calls = [args for name, *args in calls_of('docs/mim.md', folder) if name == 'mim']
+    named = {arg for args in calls for arg in args if arg.startswith('work_dirs/')}
+    for args, (command, expected) in zip(calls, EXPECTED.items(), strict=True):
+        assert ' '.join(args).startswith(command)
+        said = mim(*args, *shortening(args))
+        if isinstance(expected, str):
+            assert expected in said
+        else:
+            weights = torch.load(expected, weights_only=True)['state_dict']
+            assert 'backbone.stages.0.0.grn.gamma' in weights
+        name_checkpoints(named)
+
+
+def mim(*args):
+    """Run MIM; return what it prints."""
     program = Path(sys.executable).with_name('mim')
     done = subprocess.run(
-        [str(program), *map(str, args)],
-        cwd=folder,
+        [str(program), *args],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -32,35 +61,8 @@ def mim(folder: Path, *args: object) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize(
-    ('library', 'config', 'last', 'score'),
-    [
-        ('mmdet', 'det', 'epoch_1', 'coco/segm_mAP'),
-        ('mmseg', 'seg', 'iter_4', 'mIoU'),
-    ],
-)
-def test_trains_and_tests(tools_folder, tmp_path, library, config, last, score):
-    where = ['--work-dir', tmp_path]
-    mim(tools_folder, 'train', library, f'{config}.py', *where)
-    checkpoint = tmp_path / f'{last}.pth'
-    given = ['--checkpoint', checkpoint, *where]
-    assert f'{score}: ' in mim(tools_folder, 'test', library, f'{config}.py', *given)
-    weights = torch.load(checkpoint, weights_only=True)['state_dict']
-    assert 'backbone.stages.0.0.grn.gamma' in weights
-
-
-def test_finds_recipes_by_name(tmp_path):
-    scenes = make_demo_scenes(tmp_path / 'scenes', counts=COUNTS)
-    settings = [*of_scenes(scenes), 'train_cfg.max_iters=2']
-    settings += ['default_hooks.checkpoint.interval=2']
-    mim(tmp_path, 'train', 'mmcnv2', SEGMENTOR, '--cfg-options', *settings)
-    checkpoint = Path('work_dirs', Path(SEGMENTOR).stem, 'iter_2.pth')
-    given = ['--checkpoint', checkpoint, '--cfg-options', *settings]
-    assert 'mIoU: ' in mim(tmp_path, 'test', 'mmcnv2', SEGMENTOR, *given)
-
-
-def test_runs_tools_and_finds_metafiles(tools_folder, tmp_path):
-    printed = mim(tools_folder, 'run', 'mmcnv2', 'print_config', 'seg.py')
-    assert "type='mmcnv2.ConvNeXtV2'" in printed
-    name = 'upernet_convnextv2-tiny_160k_ade20k-512x512'
-    assert 'ade20k' in mim(tmp_path, 'search', 'mmcnv2', '--config', name)
+def shortening(args):  # noqa: F811
+    config = next((each for each in args if Path(each).name in SHORT), None)
+    if config is None:
+        return []
+    return ['--cfg-options', *of_scenes('data/demo_scenes'), *SHORT[Path(config).name]]

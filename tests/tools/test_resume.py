@@ -8,7 +8,6 @@ import os
 import runpy
 import shutil
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ import torch
 
 from mmcnv2.engine.checkpoint import PARTIAL
 
+from ..commands import free_port
 from .conftest import ROOT
 
 SCRIPT = runpy.run_path(str(ROOT / 'tools' / 'kill_and_resume.py'))
@@ -204,12 +204,6 @@ class Runs:
 
     def outcome(self, run: str) -> dict:
         return outcome(self.folder / run)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(('127.0.0.1', 0))
-        return listener.getsockname()[1]
 
 
 def signal_to(**settings: object) -> list[str]:

@@ -32,7 +32,7 @@ from mmcnv2.benchmarks.timing import (
 )
 from mmcnv2.models import ARCHITECTURES
 
-CONFIGS = Path(__file__).parents[2] / 'configs' / '_base_' / 'models'
+CONFIGS = Path(__file__).resolve().parents[2] / 'configs' / '_base_' / 'models'
 # Their scopes, and the sides of a picture.
 MODELS_OF: dict[str, tuple[str, list[int]]] = {
     'mask-rcnn': ('mmdet', [800, 1216]),

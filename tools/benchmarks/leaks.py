@@ -86,8 +86,8 @@ def main() -> None:
     runner.train()
     if len(hook.rows) < 4:
         raise SystemExit(
-            f'{len(hook.rows)} rows are too few: give --interval less than '
-            f'{runner.iter // 4}, or train longer.'
+            f'{runner.iter} iterations are too few for --interval {args.interval}: '
+            'four intervals is the least. Give a shorter one, or train longer.'
         )
     growth = hook.growth()
     print('growth: ' + ', '.join(f'{name} {n:+.1f}' for name, n in growth.items()))

@@ -41,7 +41,7 @@ from mmcnv2.datasets.scene_painter import paint_scene
 from mmcnv2.models import FCMAE
 from mmcnv2.registry import MODELS
 
-CONFIGS = Path(__file__).parents[2] / 'configs'
+CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 PHASES = ('waiting', 'forward', 'backward', 'optimizer')
 COLUMNS = {
     'encoder': '{encoder}',
