@@ -61,7 +61,7 @@ def mim(*args):
     return done.stdout
 
 
-def shortening(args):  # noqa: F811
+def shortening(args):
     config = next((each for each in args if Path(each).name in SHORT), None)
     if config is None:
         return []
