@@ -111,9 +111,13 @@ class MaskedEncoder(nn.Module):
 
 
 def _block(block: Block, x: Tensor, seen: Tensor) -> Tensor:
-    """Run a block by our own kernels; GELU keeps zeros, and GRN does not count them."""
-    y = block.pwconv1(block.norm(DenseLayout().depthwise(block.dwconv, x)))
-    return (x + block._contract(y * seen)) * seen
+    """Run a block by our own kernels.
+
+    With biases at zero, as they start, what is hidden stays zero up to GRN, which does
+    not count it then.
+    """
+    y = block.norm(DenseLayout().depthwise(block.dwconv, x))
+    return (x + block.mlp(y * seen)) * seen
 
 
 def _plain_block(block: Block, x: Tensor, seen: Tensor) -> Tensor:

@@ -61,46 +61,62 @@ class _DepthwiseConv(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad_x, grad_weight = depthwise_gradients(
-            grad, x, weight, ctx.needs_input_grad[:2]
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        margin = weight.shape[-1] // 2
+        return (
+            input_gradient(grad, weight, padding=margin) if of_x else None,
+            weight_gradient(grad, pad(x, margin), weight) if of_weight else None,
+            grad.sum((0, 2, 3)) if of_bias else None,
         )
-        grad_bias = grad.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
-        return grad_x, grad_weight, grad_bias
 
 
-def depthwise_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, needed: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Compute the gradients of a depthwise convolution but its bias's.
+def pad(x: Tensor, margin: int) -> Tensor:
+    """Pad ``(N, C, H, W)`` with zeros, as channels last."""
+    last = x.permute(0, 2, 3, 1)
+    padded = functional.pad(last, (0, 0, margin, margin, margin, margin))
+    return padded.permute(0, 3, 1, 2)
+
+
+def input_gradient(grad: Tensor, weight: Tensor, padding: int = 0) -> Tensor:
+    """Compute that of a depthwise convolution, which is one too, of stride 1.
 
     Args:
         grad (Tensor): Gradient of its output, ``(N, C, H, W)``.
-        x (Tensor): Its input, ``(N, C, H, W)``.
         weight (Tensor): Its weight, ``(C, 1, K, K)``.
-        needed (tuple[bool, bool]): Whether that of the input is wanted, and that of
-            the weight.
+        padding (int): Zeros to put around ``grad``: ``K // 2`` of them keep the size.
+            Defaults to 0.
 
     Returns:
-        tuple[Tensor | None, Tensor | None]: The gradients of input and weight.
+        Tensor: ``(N, C, H + 2 * padding - K + 1, W + 2 * padding - K + 1)``.
     """
-    quick = needed[1] and _is_quick(x)
-    padding = weight.shape[-1] // 2
-    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad,
-        x,
-        weight,
-        bias_sizes=None,
-        stride=[1, 1],
-        padding=[padding, padding],
-        dilation=[1, 1],
-        transposed=False,
-        output_padding=[0, 0],
-        groups=len(weight),
-        output_mask=[needed[0], needed[1] and not quick, False],
-    )
-    if quick:
-        grad_weight = _weight_gradient(grad, x, weight.shape[-1])
-    return grad_x, grad_weight
+    turned = weight.flip(2, 3)
+    return functional.conv2d(grad, turned, padding=padding, groups=len(weight))
+
+
+def weight_gradient(grad: Tensor, padded: Tensor, weight: Tensor) -> Tensor:
+    """Compute that of a depthwise convolution.
+
+    Args:
+        grad (Tensor): Gradient of its output, ``(N, C, H, W)``.
+        padded (Tensor): Its input with what was padded,
+            ``(N, C, H + K - 1, W + K - 1)``, channels last.
+        weight (Tensor): Its weight, ``(C, 1, K, K)``.
+
+    Returns:
+        Tensor: Shape and dtype of ``weight``.
+    """
+    if not _is_quick(grad):
+        return torch.nn.grad.conv2d_weight(
+            padded, weight.shape, grad, groups=len(weight)
+        )
+    # Each picture is convolved with the gradient of its output for a kernel, which is
+    # what this gradient is, and oneDNN is quick at it.
+    total = grad.new_zeros(1, dtype=torch.float32)
+    for picture, kernel in zip(padded, grad, strict=True):
+        for window, part in _parts(picture, kernel, weight.shape[-1]):
+            out = functional.conv2d(window[None], part[:, None], groups=len(part))
+            total = total + out
+    return total.to(grad.dtype).transpose(0, 1)
 
 
 def _is_quick(x: Tensor) -> bool:
@@ -108,23 +124,6 @@ def _is_quick(x: Tensor) -> bool:
     known = torch.backends.cpu.get_cpu_capability().startswith('AVX')
     quick = x.dtype in (torch.float32, torch.bfloat16)
     return x.device.type == 'cpu' and known and quick
-
-
-def _weight_gradient(grad: Tensor, x: Tensor, size: int) -> Tensor:
-    """Convolve each picture with the gradient of its output for a kernel.
-
-    This is what the gradient of the weight is, and oneDNN is quick at it.
-    """
-    margin = size // 2
-    # Padded as channels last, which is how both are wanted below.
-    last = x.permute(0, 2, 3, 1)
-    padded = functional.pad(last, (0, 0, margin, margin, margin, margin))
-    total = x.new_zeros(1, dtype=torch.float32)
-    for picture, kernel in zip(padded.permute(0, 3, 1, 2), grad, strict=True):
-        for window, part in _parts(picture, kernel, size):
-            out = functional.conv2d(window[None], part[:, None], groups=len(part))
-            total = total + out
-    return total.to(x.dtype).transpose(0, 1)
 
 
 def _parts(

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from .depthwise import DepthwiseConv2d
-from .grn import GRN, activate_and_project, is_quicker_folded
+from .grn import GRN
 from .layouts import Layout
+from .mlp import expand_and_project, is_quicker_by_parts
 
 # How weights start, unless a config says otherwise; GRN starts as the identity.
 INIT_CFG = dict(type='TruncNormal', layer=['Conv2d', 'Linear'], std=0.02, bias=0.0)
@@ -69,14 +70,20 @@ class Block(nn.Module):
         Returns:
             Tensor: Features of the same shape.
         """
-        y = self.pwconv1(self.norm(layout.depthwise(self.dwconv, x)))
-        y = self._contract(y)
+        y = self.mlp(self.norm(layout.depthwise(self.dwconv, x)))
         return x + self.drop_path(y if self.gamma is None else self.gamma * y)
 
-    def _contract(self, y: Tensor) -> Tensor:
-        """Activate, normalise and project."""
-        modules = (self.act, self.grn, self.pwconv2)
+    def mlp(self, y: Tensor) -> Tensor:
+        """Expand, activate, normalise and project.
+
+        Args:
+            y (Tensor): Features, ``(N, ..., C)``.
+
+        Returns:
+            Tensor: Features of the same shape.
+        """
+        modules = (self.pwconv1, self.act, self.grn, self.pwconv2)
         observed = any(m._forward_hooks or m._forward_pre_hooks for m in modules)
-        if isinstance(self.grn, GRN) and not observed and is_quicker_folded(y):
-            return activate_and_project(y, self.grn, self.pwconv2)
-        return self.pwconv2(self.grn(self.act(y)))
+        if isinstance(self.grn, GRN) and not observed and is_quicker_by_parts(y):
+            return expand_and_project(y, self.pwconv1, self.grn, self.pwconv2)
+        return self.pwconv2(self.grn(self.act(self.pwconv1(y))))

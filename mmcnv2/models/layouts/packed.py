@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..depthwise import DepthwiseConv2d, autocast, depthwise_gradients
+from ..depthwise import DepthwiseConv2d, autocast, input_gradient, weight_gradient
 
 
 class PackedLayout:
@@ -37,7 +37,8 @@ class PackedLayout:
             )
         self.grid = mask.shape
         self.patches = visible.flatten().nonzero().squeeze(1)
-        self._rows_by_side: dict[int, Tensor] = {}
+        self._pictures: dict[str, Tensor] = {}
+        self._tables: dict[tuple[int, int], Tensor] = {}
 
     def stem(self, conv: nn.Conv2d, image: Tensor) -> Tensor:
         _, h, w = self.grid
@@ -47,18 +48,16 @@ class PackedLayout:
         return self._tokens(conv(visible))
 
     def depthwise(self, conv: DepthwiseConv2d, x: Tensor) -> Tensor:
-        side = self._side(x)
-        n, h, w = self.grid
-        return _VisibleDepthwise.apply(
-            *autocast(x, conv.weight, conv.bias),
-            self._rows(side),
-            (n, h * side, w * side),
-        )
+        tensors = autocast(x, conv.weight, conv.bias)
+        return _VisibleDepthwise.apply(*tensors, self)
 
     def downsample(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
-        side = self._side(x)
-        tiles = x.reshape(-1, side, side, x.shape[-1]).permute(0, 3, 1, 2)
-        return self._tokens(conv(tiles))
+        """Convolve squares that do not overlap: a product of matrices."""
+        side, size = self._side(x), conv.kernel_size[0]
+        tiles = x.reshape(-1, side // size, size, side // size, size, x.shape[-1])
+        squares = tiles.transpose(2, 3).reshape(len(x), -1, size**2 * x.shape[-1])
+        weight = conv.weight.permute(0, 2, 3, 1).flatten(1)
+        return functional.linear(squares, weight, conv.bias)
 
     def output(self, x: Tensor) -> Tensor:
         """Return ``(N, T, C)``."""
@@ -78,18 +77,49 @@ class PackedLayout:
         """Positions along the side of a tile."""
         return math.isqrt(x.shape[0] * x.shape[1] // len(self.patches))
 
-    def _rows(self, side: int) -> Tensor:
-        """Where the rows of the visible tiles lie among the rows of all tiles.
+    def fill(self, x: Tensor, margin: int, name: str) -> Tensor:
+        """Put tokens into pictures that are empty elsewhere, with a margin around them.
 
-        A row of a tile is contiguous in the picture too, so whole rows are moved. All
-        blocks of a stage share the table.
+        Args:
+            x (Tensor): Tokens, ``(N, T, C)``.
+            margin (int): Width of the margin.
+            name (str): Whose pictures they are. Under one name there are those of the
+                last call only, which are filled again if nothing but tokens differs.
+
+        Returns:
+            Tensor: ``(N, C, H + 2 * margin, W + 2 * margin)``, channels last.
         """
-        if side not in self._rows_by_side:
-            w = self.grid[2]
-            patches = self.patches[:, None]
-            lines = patches // w * side + torch.arange(side, device=patches.device)
-            self._rows_by_side[side] = (lines * w + patches % w).flatten()
-        return self._rows_by_side[side]
+        side, (n, h, w) = self._side(x), self.grid
+        size = (n, h * side + 2 * margin, w * side + 2 * margin, x.shape[-1])
+        picture = self._pictures.get(name)
+        if picture is None or (picture.shape, picture.dtype) != (size, x.dtype):
+            picture = self._pictures[name] = x.new_zeros(size)
+        picture.flatten(0, 2).index_copy_(0, self._table(side, margin), x.flatten(0, 1))
+        return picture.permute(0, 3, 1, 2)
+
+    def pick(self, pictures: Tensor, x: Tensor) -> Tensor:
+        """Take tokens, as many as in ``x``, out of pictures ``(N, C, H, W)``."""
+        # A row of a tile is contiguous in the picture too, so whole rows are moved.
+        side = self._side(x)
+        lines = pictures.permute(0, 2, 3, 1).reshape(-1, side * x.shape[-1])
+        rows = self._table(side, 0)[::side] // side
+        return lines.index_select(0, rows).view(x.shape)
+
+    def _table(self, side: int, margin: int) -> Tensor:
+        """Where tokens lie among the positions of all pictures.
+
+        All blocks of a stage share it.
+        """
+        if (side, margin) not in self._tables:
+            _, h, w = self.grid
+            picture, row, column = (p[:, None, None] for p in self._places())
+            within = torch.arange(side, device=self.patches.device)
+            y = picture * (h * side + 2 * margin) + margin + row * side
+            y = y + within[:, None]
+            x = margin + column * side + within
+            table = y * (w * side + 2 * margin) + x
+            self._tables[side, margin] = table.flatten()
+        return self._tables[side, margin]
 
 
 class _VisibleDepthwise(torch.autograd.Function):
@@ -99,45 +129,27 @@ class _VisibleDepthwise(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, rows, size):
-        ctx.save_for_backward(x, weight, rows)
-        ctx.size = size
-        picture = _fill(x, rows, size)
-        padding = weight.shape[-1] // 2
-        out = functional.conv2d(
-            picture, weight, bias, padding=padding, groups=len(weight)
-        )
-        return _pick(out, rows, x.shape)
+    def forward(ctx, x, weight, bias, layout):
+        ctx.save_for_backward(x, weight)
+        ctx.layout = layout
+        pictures = layout.fill(x, weight.shape[-1] // 2, 'features')
+        out = functional.conv2d(pictures, weight, bias, groups=len(weight))
+        return layout.pick(out, x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        x, weight, rows = ctx.saved_tensors
-        grad_picture, grad_weight = depthwise_gradients(
-            _fill(grad, rows, ctx.size),
-            _fill(x, rows, ctx.size),
-            weight,
-            ctx.needs_input_grad[:2],
-        )
+        (x, weight), layout = ctx.saved_tensors, ctx.layout
+        of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
+        margin = weight.shape[-1] // 2
+        padded = layout.fill(grad, margin, 'gradients')
+        grad_x = grad_weight = None
+        if of_x:
+            grad_x = layout.pick(input_gradient(padded, weight), x)
+        if of_weight:
+            pictures = layout.fill(x, margin, 'features')
+            inner = padded[..., margin:-margin, margin:-margin]
+            grad_weight = weight_gradient(inner, pictures, weight)
         # Of the tokens alone, which is much quicker than oneDNN's of the picture.
-        grad_bias = grad.sum((0, 1)) if ctx.needs_input_grad[2] else None
-        grad_x = None
-        if grad_picture is not None:
-            grad_x = _pick(grad_picture, rows, x.shape)
-        return grad_x, grad_weight, grad_bias, None, None
-
-
-def _fill(x: Tensor, rows: Tensor, size: tuple[int, int, int]) -> Tensor:
-    """Put tokens ``(N, T, C)`` into empty pictures ``(N, C, H, W)``, channels last."""
-    channels = x.shape[-1]
-    row = x.numel() // len(rows)
-    picture = x.new_zeros(math.prod(size) * channels // row, row)
-    picture.index_copy_(0, rows, x.reshape(-1, row))
-    return picture.view(*size, channels).permute(0, 3, 1, 2)
-
-
-def _pick(picture: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
-    """Take tokens of ``shape`` out of pictures ``(N, C, H, W)``."""
-    row = shape.numel() // len(rows)
-    lines = picture.permute(0, 2, 3, 1).reshape(-1, row)
-    return lines.index_select(0, rows).view(shape)
+        grad_bias = grad.sum((0, 1)) if of_bias else None
+        return grad_x, grad_weight, grad_bias, None

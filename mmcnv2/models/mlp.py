@@ -1,0 +1,141 @@
+"""Expansion, GELU, GRN and projection of a block as one function, by parts."""
+
+import math
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .grn import GRN, is_traced, response, sum_of_products, through_scale
+from .linear import linear
+
+gelu, gelu_ = torch.ops.aten.gelu, torch.ops.aten.gelu_
+gelu_backward = torch.ops.aten.gelu_backward.grad_input
+
+# Expanded features that are dealt with at a time, so that the cache holds them.
+_PART = 1 << 20
+
+
+def is_quicker_by_parts(x: Tensor) -> bool:
+    """Tell whether :func:`expand_and_project` is the quick way.
+
+    It is on CPUs, in the dtypes in which all sums may be.
+
+    Args:
+        x (Tensor): Features, ``(N, ..., C)``.
+
+    Returns:
+        bool: Whether it is. Never while a model is traced or compiled.
+    """
+    exact = x.dtype in (torch.float32, torch.float64)
+    on_cpu = x.device.type == 'cpu' and not torch.is_autocast_enabled('cpu')
+    return on_cpu and exact and not is_traced()
+
+
+def expand_and_project(
+    x: Tensor, pwconv1: nn.Linear, grn: GRN, pwconv2: nn.Linear
+) -> Tensor:
+    """Compute ``pwconv2(grn(gelu(pwconv1(x))))``.
+
+    The expanded features are several times as wide as the rest. They go through all of
+    this by parts that stay in the cache, and what enters GELU is all that is kept of
+    them for the backward pass.
+
+    Args:
+        x (Tensor): Features, ``(N, ..., C)``.
+        pwconv1 (nn.Linear): From ``C`` channels to ``D``.
+        grn (GRN): GRN of ``D`` channels.
+        pwconv2 (nn.Linear): From ``D`` channels to ``C``.
+
+    Returns:
+        Tensor: Features of the same shape and dtype.
+    """
+    out = _ExpandAndProject.apply(
+        x.flatten(1, -2),
+        pwconv1.weight,
+        pwconv1.bias,
+        grn.gamma.flatten(),
+        grn.beta.flatten(),
+        pwconv2.weight,
+        pwconv2.bias,
+        torch.is_grad_enabled(),
+    )
+    return out.view_as(x)
+
+
+class _ExpandAndProject(torch.autograd.Function):
+    """The same of ``(N, P, C)``."""
+
+    @staticmethod
+    def forward(ctx, x, weight1, bias1, gamma, beta, weight2, bias2, keep) -> Tensor:
+        norms = x.new_empty(len(x), 1, len(weight1))
+        out, kept = torch.empty_like(x), []
+        for pictures, parts in _groups(x, len(weight1)):
+            hidden = [linear(x[part], weight1, bias1) for part in parts]
+            kept += hidden if keep else []
+            active = [gelu(h) if keep else gelu_(h) for h in hidden]
+            norms[pictures] = _total(map(sum_of_products, active, active)).sqrt_()
+            scale = gamma * response(norms[pictures]) + 1
+            for part, a in zip(parts, active, strict=True):
+                torch.addcmul(beta, a, scale, out=a)
+                out[part] = linear(a, weight2, bias2)
+        ctx.save_for_backward(x, weight1, gamma, beta, weight2, norms, *kept)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight1, gamma, beta, weight2, norms, *kept = ctx.saved_tensors
+        grad_x, grad_weight1 = torch.empty_like(x), torch.zeros_like(weight1)
+        grad_bias1, grad_gamma = torch.zeros_like(gamma), torch.zeros_like(gamma)
+        grad_bias2 = grad.sum((0, 1))
+        # Turned, since the product is quicker where there are more rows than columns.
+        grad_weight2 = torch.outer(beta, grad_bias2)
+        remaining = iter(kept)
+        for pictures, parts in _groups(x, len(weight1)):
+            hidden = list(islice(remaining, len(parts)))
+            active = [gelu(h) for h in hidden]
+            scale = gamma * response(norms[pictures]) + 1
+            grads = [linear(grad[part], weight2.t()) for part in parts]
+            for part, a in zip(parts, active, strict=True):
+                grad_weight2.addmm_(_rows(a * scale).t(), _rows(grad[part]))
+            grad_scale = _total(map(sum_of_products, active, grads))
+            of_gamma, slope = through_scale(grad_scale, gamma, norms[pictures])
+            grad_gamma += of_gamma
+            for part, h, a, g in zip(parts, hidden, active, grads, strict=True):
+                g.mul_(scale).addcmul_(a, slope)
+                gelu_backward(g, h, grad_input=g)
+                grad_x[part] = linear(g, weight1.t())
+                grad_weight1.addmm_(_rows(g).t(), _rows(x[part]))
+                grad_bias1 += _rows(g).sum(0)
+        return (
+            *(grad_x, grad_weight1, grad_bias1, grad_gamma),
+            *(weight2.t() @ grad_bias2, grad_weight2.t(), grad_bias2, None),
+        )
+
+
+def _groups(x: Tensor, wide: int) -> Iterator[tuple[slice, list[tuple[slice, slice]]]]:
+    """Divide pictures into groups, and each group into parts.
+
+    Several small pictures are one part; a large one is a group of several.
+    """
+    count, positions, _ = x.shape
+    within = list(_slices(positions, _PART // wide))
+    for pictures in _slices(count, _PART // (positions * wide)):
+        yield pictures, [(pictures, part) for part in within]
+
+
+def _slices(count: int, size: int) -> Iterator[slice]:
+    """Cut into slices of equal size, but for the last one, of this one or less."""
+    size = math.ceil(count / math.ceil(count / max(size, 1)))
+    return (slice(i, min(i + size, count)) for i in range(0, count, size))
+
+
+def _total(parts: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(parts)).sum(0)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.flatten(0, 1)

@@ -1,0 +1,101 @@
+"""The layers of a block as one function, against the layers one after the other."""
+
+import pytest
+import torch
+from torch import nn
+
+from mmcnv2.models import mlp
+from mmcnv2.models.grn import GRN
+from mmcnv2.models.layers import Block
+from mmcnv2.models.layouts import DenseLayout
+
+# Features, and the number of expanded channels: one group of pictures, two unequal
+# ones, and a group for each picture, of two unequal parts.
+SHAPES = [
+    ((5, 3, 7, 6), 24),
+    ((1, 1, 1, 2), 8),
+    ((3, 40, 60, 8), 200),
+    ((2, 3, 5, 401, 6), 200),
+]
+
+
+def plain(x, pwconv1, grn, pwconv2):
+    """What it is, by autograd alone; GRN as in algorithm 1."""
+    y = nn.functional.gelu(pwconv1(x))
+    positions = tuple(range(1, y.dim() - 1))
+    # The root has no slope where a channel is nowhere active, but the norm has: 0.
+    squares = y.square().sum(positions, keepdim=True)
+    norm = torch.where(squares > 0, squares, 1).sqrt() * (squares > 0)
+    relative = norm / (norm.mean(-1, keepdim=True) + 1e-6)
+    return pwconv2(grn.gamma * (y * relative) + grn.beta + y)
+
+
+def layers(dim, hidden, dtype):
+    made = nn.Linear(dim, hidden), GRN(hidden), nn.Linear(hidden, dim)
+    for layer in made:
+        for parameter in layer.parameters():
+            nn.init.normal_(parameter, std=0.5)
+    with torch.no_grad():
+        # A channel that is nowhere active.
+        made[0].weight[0], made[0].bias[0] = 0, -40
+    return [layer.to(dtype) for layer in made]
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(('shape', 'hidden'), SHAPES, ids=str)
+def test_is_one_after_the_other(shape, hidden, dtype):
+    torch.manual_seed(0)
+    made = layers(shape[-1], hidden, dtype)
+    x = torch.randn(shape, dtype=dtype, requires_grad=True)
+    out, expected = mlp.expand_and_project(x, *made), plain(x, *made)
+    inputs = [x, *(p for layer in made for p in layer.parameters())]
+    direction = torch.randn_like(out)
+    close = 1e-11 if dtype == torch.float64 else 3e-6
+    grads = torch.autograd.grad(out, inputs, direction)
+    expected_grads = torch.autograd.grad(expected, inputs, direction)
+    pairs = zip((out, *grads), (expected, *expected_grads), strict=True)
+    for found, other in pairs:
+        assert other.isfinite().all()
+        assert (found - other).abs().max() <= close * other.abs().max()
+    with torch.no_grad():
+        torch.testing.assert_close(mlp.expand_and_project(x, *made), out)
+
+
+def test_shapes_are_divided_as_they_are_meant_to_be():
+    groups = [
+        list(mlp._groups(torch.empty(shape).flatten(1, -2), hidden))
+        for shape, hidden in SHAPES
+    ]
+    assert [[len(parts) for _, parts in each] for each in groups] == [
+        [1],
+        [1],
+        [1, 1],
+        [2, 2],
+    ]
+    together, alone = ([pictures for pictures, _ in each] for each in groups[2:])
+    assert together == [slice(0, 2), slice(2, 3)]
+    assert alone == [slice(0, 1), slice(1, 2)]
+
+
+def test_nobody_else_looks_inside():
+    assert mlp.is_quicker_by_parts(torch.zeros(1, 8, 8, 16))
+    assert not mlp.is_quicker_by_parts(torch.zeros(1, 8, 8, 16, dtype=torch.bfloat16))
+    with torch.autocast('cpu'):
+        assert not mlp.is_quicker_by_parts(torch.zeros(1, 8, 8, 16))
+
+    block, x = Block(16), torch.randn(1, 8, 8, 16)
+    expected = block(x, DenseLayout())
+    seen = []
+    block.act.register_forward_hook(lambda module, args, out: seen.append(out))
+    torch.testing.assert_close(block(x, DenseLayout()), expected)
+    assert seen[0].shape == (1, 8, 8, 64)
+
+
+def test_one_wide_tensor_is_kept():
+    block, kept = Block(16), []
+    x = torch.randn(1, 16, 16, 16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor.shape) or tensor, lambda tensor: tensor
+    ):
+        block(x, DenseLayout())
+    assert sum(shape.numel() == 4 * x.numel() for shape in kept) == 1
