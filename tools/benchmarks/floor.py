@@ -20,6 +20,7 @@ from mmcnv2.benchmarks.timing import (
 )
 from mmcnv2.models import ARCHITECTURES
 from mmcnv2.models.convnextv2 import STRIDE
+from mmcnv2.models.linear import linear
 
 COLUMNS = {
     'what': '{what}',
@@ -76,11 +77,10 @@ def count(args: argparse.Namespace) -> list[dict]:
 def product(what: str, rows: int, inner: int, columns: int, args) -> Contender:
     kind = dict(dtype=DTYPES[args.dtype], device=args.device)
     left = torch.randn(rows, inner, **kind)
-    right = torch.randn(inner, columns, **kind)
-    out = torch.empty(rows, columns, **kind)
+    weight = torch.randn(columns, inner, **kind)
     shape = f'{what} ({rows} x {inner} by {inner} x {columns})'
     work = dict(what=shape, work=2e-9 * rows * inner * columns, unit='GFLOP/s')
-    return Contender(work, lambda: torch.mm(left, right, out=out), nn.Module())
+    return Contender(work, lambda: linear(left, weight), nn.Module())
 
 
 def copy(args: argparse.Namespace) -> Contender:
