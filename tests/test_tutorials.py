@@ -5,6 +5,8 @@ checkpoints that it ends with get the names that the page goes on with.
 """
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -61,7 +63,10 @@ def follow(page: str, where: Path, settings: dict[str, list[str]]) -> None:
     write_configs(page)
     for path in where.glob('my_pretraining.py'):
         path.write_text(path.read_text().replace('tiny_800e', 'atto_800e'))
-    calls = [args for program, *args in calls_of(page, where) if program == 'python']
+    calls = [(program, args) for program, *args in calls_of(page, where)]
+    for args in (args for program, args in calls if program == 'tensorboard'):
+        serves(args)
+    calls = [args for program, args in calls if program == 'python']
     named = {arg for args in calls for arg in args if arg.startswith('work_dirs/')}
     for args in calls:
         if args[0].endswith(('/train.py', '/test.py', '/browse_dataset.py')):
@@ -73,6 +78,16 @@ def follow(page: str, where: Path, settings: dict[str, list[str]]) -> None:
         done = run_tool(args, where)
         assert done.returncode == 0, f'{args}\n{done.stdout}'
         name_checkpoints(named)
+
+
+def serves(args: list[str]) -> None:
+    """Start TensorBoard, and wait until it says where it is."""
+    program = Path(sys.executable).with_name('tensorboard')
+    command = [str(program), *args, '--port', '0']
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        said = next((line for line in server.stderr if 'http://' in line), '')
+        server.terminate()
+    assert 'TensorBoard' in said
 
 
 def name_checkpoints(names: set[str]) -> None:

@@ -77,7 +77,7 @@ class DenseEncoder(nn.Module):
 
 
 class MaskedEncoder(nn.Module):
-    """The dense encoder, masked again in every block, and so with the right result.
+    """The dense encoder, masked again in every block.
 
     Args:
         packed: The encoder whose weights it gets.

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .shortcuts import has_onednn, is_traced
+
 # Larger pictures are cut into parts of this side: kernels of that size are quickest.
 _PART = 64
 
@@ -28,8 +30,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def _conv_forward(self, x, weight, bias) -> Tensor:
         # Whoever traces the module wants to see an ordinary convolution.
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if traced or x.device.type != 'cpu' or not torch.is_grad_enabled():
+        if is_traced() or x.device.type != 'cpu' or not torch.is_grad_enabled():
             return super()._conv_forward(x, weight, bias)
         return _DepthwiseConv.apply(*autocast(x, weight, bias))
 
@@ -105,7 +106,7 @@ def weight_gradient(grad: Tensor, padded: Tensor, weight: Tensor) -> Tensor:
     Returns:
         Tensor: Shape and dtype of ``weight``.
     """
-    if not _is_quick(grad):
+    if grad.dtype not in (torch.float32, torch.bfloat16) or not has_onednn(grad):
         return torch.nn.grad.conv2d_weight(
             padded, weight.shape, grad, groups=len(weight)
         )
@@ -117,13 +118,6 @@ def weight_gradient(grad: Tensor, padded: Tensor, weight: Tensor) -> Tensor:
             out = functional.conv2d(window[None], part[:, None], groups=len(part))
             total = total + out
     return total.to(grad.dtype).transpose(0, 1)
-
-
-def _is_quick(x: Tensor) -> bool:
-    """Whether oneDNN has what the quick way stands on."""
-    known = torch.backends.cpu.get_cpu_capability().startswith('AVX')
-    quick = x.dtype in (torch.float32, torch.bfloat16)
-    return x.device.type == 'cpu' and known and quick
 
 
 def _parts(

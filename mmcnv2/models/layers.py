@@ -7,6 +7,7 @@ from .depthwise import DepthwiseConv2d
 from .grn import GRN
 from .layouts import Layout
 from .mlp import expand_and_project, is_quicker_by_parts
+from .shortcuts import is_observed
 
 # How weights start, unless a config says otherwise; GRN starts as the identity.
 INIT_CFG = dict(type='TruncNormal', layer=['Conv2d', 'Linear'], std=0.02, bias=0.0)
@@ -83,7 +84,9 @@ class Block(nn.Module):
             Tensor: Features of the same shape.
         """
         modules = (self.pwconv1, self.act, self.grn, self.pwconv2)
-        observed = any(m._forward_hooks or m._forward_pre_hooks for m in modules)
-        if isinstance(self.grn, GRN) and not observed and is_quicker_by_parts(y):
+        # Others may have been put in their places.
+        ours = tuple(map(type, modules)) == (nn.Linear, nn.GELU, GRN, nn.Linear)
+        quick = ours and not is_observed(*modules) and is_quicker_by_parts(y)
+        if quick and isinstance(self.grn, GRN):
             return expand_and_project(y, self.pwconv1, self.grn, self.pwconv2)
         return self.pwconv2(self.grn(self.act(self.pwconv1(y))))

@@ -4,27 +4,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .shortcuts import has_onednn
+
 # What torch.compile calls for linear layers on CPUs. PyTorch itself calls BLAS, which
 # is slower for shapes as tall as ours, and adds to a bias that is written out before.
 _BY_ONEDNN = getattr(torch.ops.mkldnn, '_linear_pointwise', None)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute ``x @ weight.T + bias``, where no gradient is recorded.
+    """Compute ``x @ weight.T + bias``, in functions with a backward of their own.
 
     Args:
-        x (Tensor): Rows, ``(P, C)``.
+        x (Tensor): ``(..., C)``.
         weight (Tensor): ``(D, C)``.
         bias (Tensor, optional): ``(D,)``.
 
     Returns:
-        Tensor: ``(P, D)``.
+        Tensor: ``(..., D)``.
     """
-    if x.dtype != torch.float32 or not _has_onednn(x):
+    if x.dtype != torch.float32 or _BY_ONEDNN is None or not has_onednn(x):
         return functional.linear(x, weight, bias)
     return _BY_ONEDNN(x, weight, bias, 'none', [], '')
-
-
-def _has_onednn(x: Tensor) -> bool:
-    known = torch.backends.cpu.get_cpu_capability().startswith('AVX')
-    return x.device.type == 'cpu' and known and _BY_ONEDNN is not None

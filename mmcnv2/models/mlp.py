@@ -7,21 +7,24 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import gelu
 
-from .grn import GRN, is_traced, response, sum_of_products, through_scale
+from .grn import GRN, response, sum_of_products, through_scale
 from .linear import linear
+from .shortcuts import is_traced
 
-gelu, gelu_ = torch.ops.aten.gelu, torch.ops.aten.gelu_
-gelu_backward = torch.ops.aten.gelu_backward.grad_input
+# Those that functional has not: in place, and where the gradient goes to be given.
+_gelu_ = torch.ops.aten.gelu_
+_gelu_backward = torch.ops.aten.gelu_backward.grad_input
 
-# Expanded features that are dealt with at a time, so that the cache holds them.
+# Expanded features that are dealt with at a time: what a cache holds several times.
 _PART = 1 << 20
 
 
 def is_quicker_by_parts(x: Tensor) -> bool:
     """Tell whether :func:`expand_and_project` is the quick way.
 
-    It is on CPUs, in the dtypes in which all sums may be.
+    It is on CPUs, in 32 and 64 bits; in 16 sums over positions could overflow.
 
     Args:
         x (Tensor): Features, ``(N, ..., C)``.
@@ -40,8 +43,8 @@ def expand_and_project(
     """Compute ``pwconv2(grn(gelu(pwconv1(x))))``.
 
     The expanded features are several times as wide as the rest. They go through all of
-    this by parts that stay in the cache, and what enters GELU is all that is kept of
-    them for the backward pass.
+    this by parts that a cache holds, of a few small pictures or of one that is large.
+    What enters GELU is all that is kept of them for the backward pass.
 
     Args:
         x (Tensor): Features, ``(N, ..., C)``.
@@ -70,12 +73,13 @@ class _ExpandAndProject(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight1, bias1, gamma, beta, weight2, bias2, keep) -> Tensor:
+        keep = keep and any(ctx.needs_input_grad)
         norms = x.new_empty(len(x), 1, len(weight1))
         out, kept = torch.empty_like(x), []
         for pictures, parts in _groups(x, len(weight1)):
             hidden = [linear(x[part], weight1, bias1) for part in parts]
             kept += hidden if keep else []
-            active = [gelu(h) if keep else gelu_(h) for h in hidden]
+            active = [gelu(h) if keep else _gelu_(h) for h in hidden]
             norms[pictures] = _total(map(sum_of_products, active, active)).sqrt_()
             scale = gamma * response(norms[pictures]) + 1
             for part, a in zip(parts, active, strict=True):
@@ -93,22 +97,24 @@ class _ExpandAndProject(torch.autograd.Function):
         grad_bias2 = grad.sum((0, 1))
         # Turned, since the product is quicker where there are more rows than columns.
         grad_weight2 = torch.outer(beta, grad_bias2)
+        _, of_weight1, *_, of_weight2, _, _ = ctx.needs_input_grad
         remaining = iter(kept)
         for pictures, parts in _groups(x, len(weight1)):
             hidden = list(islice(remaining, len(parts)))
             active = [gelu(h) for h in hidden]
             scale = gamma * response(norms[pictures]) + 1
             grads = [linear(grad[part], weight2.t()) for part in parts]
-            for part, a in zip(parts, active, strict=True):
+            for part, a in zip(parts, active, strict=True) if of_weight2 else ():
                 grad_weight2.addmm_(_rows(a * scale).t(), _rows(grad[part]))
             grad_scale = _total(map(sum_of_products, active, grads))
             of_gamma, slope = through_scale(grad_scale, gamma, norms[pictures])
             grad_gamma += of_gamma
             for part, h, a, g in zip(parts, hidden, active, grads, strict=True):
                 g.mul_(scale).addcmul_(a, slope)
-                gelu_backward(g, h, grad_input=g)
+                _gelu_backward(g, h, grad_input=g)
                 grad_x[part] = linear(g, weight1.t())
-                grad_weight1.addmm_(_rows(g).t(), _rows(x[part]))
+                if of_weight1:
+                    grad_weight1.addmm_(_rows(g).t(), _rows(x[part]))
                 grad_bias1 += _rows(g).sum(0)
         return (
             *(grad_x, grad_weight1, grad_bias1, grad_gamma),
@@ -119,7 +125,7 @@ class _ExpandAndProject(torch.autograd.Function):
 def _groups(x: Tensor, wide: int) -> Iterator[tuple[slice, list[tuple[slice, slice]]]]:
     """Divide pictures into groups, and each group into parts.
 
-    Several small pictures are one part; a large one is a group of several.
+    Several small pictures are one part; a large one is a group of several parts.
     """
     count, positions, _ = x.shape
     within = list(_slices(positions, _PART // wide))
@@ -128,7 +134,7 @@ def _groups(x: Tensor, wide: int) -> Iterator[tuple[slice, list[tuple[slice, sli
 
 
 def _slices(count: int, size: int) -> Iterator[slice]:
-    """Cut into slices of equal size, but for the last one, of this one or less."""
+    """Cut into equal slices of ``size`` at most, of which the last may be shorter."""
     size = math.ceil(count / math.ceil(count / max(size, 1)))
     return (slice(i, min(i + size, count)) for i in range(0, count, size))
 

@@ -4,6 +4,7 @@ import pickle
 import re
 import runpy
 import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -18,6 +19,7 @@ from mmengine.runner import Runner
 from mmcnv2.engine.conversion import convert_checkpoint, convert_weights
 from mmcnv2.models import ARCHITECTURES
 
+from ..test_commands import calls_of, folder  # noqa: F401
 from .conftest import (
     CONFIGS,
     DIMS,
@@ -35,6 +37,7 @@ pytest.importorskip('mmpretrain', reason='mmpretrain is absent')
 CLASSES = ('dark', 'light')
 SIDE = 64
 FOLDER = CONFIGS / 'classification'
+PAGE = 'configs/classification/README.md'
 TOOLS = CONFIGS.parent / 'tools'
 TINY = 'finetune_convnextv2-tiny_300e_imagenet.py'
 PROBE = 'linear-probe_convnextv2-tiny_90e_imagenet.py'
@@ -65,11 +68,11 @@ def pictures(tmp_path_factory):
     generator = np.random.default_rng(0)
     for split in ('train', 'val'):
         for label, name in enumerate(CLASSES):
-            folder = root / split / name
-            folder.mkdir(parents=True)
+            here = root / split / name
+            here.mkdir(parents=True)
             for i in range(2):
                 picture = generator.integers(0, 128, (SIDE, SIDE, 3), np.uint8)
-                cv2.imwrite(str(folder / f'{name}{i}.png'), picture + 128 * label)
+                cv2.imwrite(str(here / f'{name}{i}.png'), picture + 128 * label)
     return root
 
 
@@ -195,6 +198,30 @@ def test_official_checkpoints_give_the_official_scores(
     assert expected.std() > 0.1
     found = predictions(tmp_path / 'out.pkl')
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_commands_of_the_page(folder, pictures, run_tool):  # noqa: F811
+    """They run as they stand, but for a small config, and in this one process."""
+    calls = [call for call in calls_of(PAGE, folder) if call[0] == 'python']
+    Path('configs').unlink()
+    Path('configs', 'classification').mkdir(parents=True)
+    for name in {
+        Path(arg).name for call in calls for arg in call if '_imagenet' in arg
+    }:
+        cfg = small(name, folder, pictures)
+        cfg.work_dir, cfg.experiment_name = 'work', name
+        cfg.dump(f'configs/classification/{name}')
+    weights = convert_weights(classifier().state_dict(), 'official').weights
+    torch.save({'model': weights}, 'convnextv2_tiny_1k_224_ema.pt')
+    convert_checkpoint('convnextv2_tiny_1k_224_ema.pt', 'released.pth', 'mmpretrain')
+    for call in calls:
+        script = next(i for i, arg in enumerate(call) if arg.endswith('.py'))
+        args = call[script:]
+        if '--launcher' in args:
+            args = args[: args.index('--launcher')]
+        args = ['released.pth' if 'https' in arg else arg for arg in args]
+        run_tool(args[0].removeprefix('tools/'), *args[1:])
+    assert Path('tiny.pth').exists()
 
 
 def normalised(path):

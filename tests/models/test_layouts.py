@@ -184,3 +184,32 @@ def test_minkowski_engine_absent(monkeypatch):
     monkeypatch.setitem(sys.modules, 'MinkowskiEngine', None)
     with pytest.raises(ImportError, match=r'bash tools/install_minkowski\.sh'):
         ConvNeXtV2('atto', sparse='minkowski')
+
+
+def test_gradients_may_be_asked_for_twice_and_out_of_turn():
+    model = encoder(CUSTOM, torch.float64)
+    pictures = [torch.randn(2, 3, 96, 64, dtype=torch.float64) for _ in range(2)]
+    masks = [random_mask(2, 3, 2, 0.5) for _ in range(2)]
+    weight = model.stages[0][0].dwconv.weight
+
+    def grad(outs, **kwargs):
+        return torch.autograd.grad(
+            sum(o.square().sum() for o in outs), weight, **kwargs
+        )
+
+    expected = [grad(model(*each)) for each in zip(pictures, masks, strict=True)]
+    first, second = (model(*each) for each in zip(pictures, masks, strict=True))
+    for outs, other in ((first, expected[0]), (second, expected[1])):
+        for _ in range(2):
+            torch.testing.assert_close(grad(outs, retain_graph=True), other)
+
+
+def test_downsampling_may_be_observed():
+    model, image = encoder(CUSTOM, torch.float32), torch.randn(2, 3, 96, 64)
+    mask, seen = random_mask(2, 3, 2, 0.5), []
+    expected = model(image, mask)
+    conv = model.downsample_layers[1][1]
+    conv.register_forward_hook(lambda module, args, out: seen.append(out))
+    for out, other in zip(model(image, mask), expected, strict=True):
+        torch.testing.assert_close(out, other)
+    assert seen[0].shape[1] == CUSTOM['dims'][1]

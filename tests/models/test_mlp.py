@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmcnv2.models import mlp
 from mmcnv2.models.grn import GRN
@@ -77,18 +78,67 @@ def test_shapes_are_divided_as_they_are_meant_to_be():
     assert alone == [slice(0, 1), slice(1, 2)]
 
 
-def test_nobody_else_looks_inside():
+def test_kinds_that_it_is_for():
     assert mlp.is_quicker_by_parts(torch.zeros(1, 8, 8, 16))
     assert not mlp.is_quicker_by_parts(torch.zeros(1, 8, 8, 16, dtype=torch.bfloat16))
     with torch.autocast('cpu'):
         assert not mlp.is_quicker_by_parts(torch.zeros(1, 8, 8, 16))
 
-    block, x = Block(16), torch.randn(1, 8, 8, 16)
+
+@pytest.mark.parametrize('name', ['pwconv1', 'act', 'grn', 'pwconv2'])
+@pytest.mark.parametrize(
+    'hook',
+    [
+        'register_forward_hook',
+        'register_forward_pre_hook',
+        'register_full_backward_hook',
+        'register_full_backward_pre_hook',
+    ],
+)
+def test_whoever_looks_inside_sees_all(name, hook):
+    block, x = Block(16), torch.randn(1, 8, 8, 16, requires_grad=True)
     expected = block(x, DenseLayout())
     seen = []
-    block.act.register_forward_hook(lambda module, args, out: seen.append(out))
-    torch.testing.assert_close(block(x, DenseLayout()), expected)
-    assert seen[0].shape == (1, 8, 8, 64)
+    getattr(getattr(block, name), hook)(lambda *args: seen.append(args))
+    out = block(x, DenseLayout())
+    torch.testing.assert_close(out, expected)
+    out.sum().backward()
+    assert len(seen) == 1
+
+
+def test_what_is_put_in_the_place_of_a_layer_is_run():
+    block, x = Block(16), torch.randn(1, 8, 8, 16)
+    block.act = nn.ReLU()
+    y = block.norm(DenseLayout().depthwise(block.dwconv, x))
+    expected = block.pwconv2(block.grn(block.pwconv1(y).relu()))
+    torch.testing.assert_close(block.mlp(y), expected)
+
+
+def test_operations_are_counted():
+    block, y = Block(16), torch.randn(1, 8, 8, 16)
+    with FlopCounterMode(display=False) as counter:
+        block.mlp(y)
+    assert counter.get_total_flops() == 2 * 2 * 64 * 16 * 64
+
+
+@pytest.mark.parametrize(
+    'frozen', [('pwconv1',), ('pwconv1', 'grn', 'pwconv2')], ids=str
+)
+def test_frozen_layers(frozen):
+    torch.manual_seed(0)
+    block, y = Block(16), torch.randn(2, 8, 8, 16, requires_grad=True)
+    for name in frozen:
+        getattr(block, name).requires_grad_(False)
+    learning = [
+        p for name, p in block.named_parameters() if 'pw' in name or 'grn' in name
+    ]
+    inputs = [y, *(p for p in learning if p.requires_grad)]
+    # A sum's gradient is one number, repeated without memory of its own.
+    found = torch.autograd.grad(block.mlp(y).sum(), inputs)
+    made = block.pwconv1, block.grn, block.pwconv2
+    expected = torch.autograd.grad(plain(y, *made).sum(), inputs)
+    for grad, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-5)
 
 
 def test_one_wide_tensor_is_kept():

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..depthwise import DepthwiseConv2d, autocast, input_gradient, weight_gradient
+from ..shortcuts import is_observed
 
 
 class PackedLayout:
@@ -45,7 +46,11 @@ class PackedLayout:
         patches = image.unflatten(3, (w, -1)).unflatten(2, (h, -1))
         # (N * patches, C, patch size, patch size)
         visible = patches.permute(0, 2, 4, 1, 3, 5)[self._places()]
-        return self._tokens(conv(visible))
+        tokens = self._tokens(conv(visible))
+        if tokens.requires_grad:
+            # By then no block needs them any more.
+            tokens.register_hook(lambda _: self._pictures.clear())
+        return tokens
 
     def depthwise(self, conv: DepthwiseConv2d, x: Tensor) -> Tensor:
         tensors = autocast(x, conv.weight, conv.bias)
@@ -54,6 +59,9 @@ class PackedLayout:
     def downsample(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
         """Convolve squares that do not overlap: a product of matrices."""
         side, size = self._side(x), conv.kernel_size[0]
+        if is_observed(conv):
+            tiles = x.reshape(-1, side, side, x.shape[-1]).permute(0, 3, 1, 2)
+            return self._tokens(conv(tiles))
         tiles = x.reshape(-1, side // size, size, side // size, size, x.shape[-1])
         squares = tiles.transpose(2, 3).reshape(len(x), -1, size**2 * x.shape[-1])
         weight = conv.weight.permute(0, 2, 3, 1).flatten(1)
@@ -83,8 +91,8 @@ class PackedLayout:
         Args:
             x (Tensor): Tokens, ``(N, T, C)``.
             margin (int): Width of the margin.
-            name (str): Whose pictures they are. Under one name there are those of the
-                last call only, which are filled again if nothing but tokens differs.
+            name (str): Of the memory to use, which the next call with this name uses
+                again.
 
         Returns:
             Tensor: ``(N, C, H + 2 * margin, W + 2 * margin)``, channels last.
@@ -148,7 +156,8 @@ class _VisibleDepthwise(torch.autograd.Function):
             grad_x = layout.pick(input_gradient(padded, weight), x)
         if of_weight:
             pictures = layout.fill(x, margin, 'features')
-            inner = padded[..., margin:-margin, margin:-margin]
+            h, w = (length - margin for length in padded.shape[2:])
+            inner = padded[..., margin:h, margin:w]
             grad_weight = weight_gradient(inner, pictures, weight)
         # Of the tokens alone, which is much quicker than oneDNN's of the picture.
         grad_bias = grad.sum((0, 1)) if of_bias else None

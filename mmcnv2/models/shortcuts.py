@@ -1,0 +1,33 @@
+"""When layers may be computed by quicker means than one after the other."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+
+def is_traced() -> bool:
+    """Tell whether a compiler or an exporter looks on, which wants plain operations."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def is_observed(*modules: nn.Module) -> bool:
+    """Tell whether anyone would miss the calls of modules, by hooks of any kind.
+
+    Counters of operations put theirs on all modules at once.
+    """
+    hooks = (
+        '_forward_hooks',
+        '_forward_pre_hooks',
+        '_backward_hooks',
+        '_backward_pre_hooks',
+    )
+    own = any(getattr(module, name) for module in modules for name in hooks)
+    return own or bool(_has_any_global_hook())
+
+
+def has_onednn(x: Tensor) -> bool:
+    """Tell whether oneDNN computes on a tensor, with the kernels that are quick."""
+    onednn = torch.backends.mkldnn
+    known = torch.backends.cpu.get_cpu_capability().startswith('AVX')
+    present = onednn.is_available() and bool(onednn.enabled)
+    return x.device.type == 'cpu' and known and present
