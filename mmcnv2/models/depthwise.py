@@ -113,9 +113,10 @@ def weight_gradient(grad: Tensor, padded: Tensor, weight: Tensor) -> Tensor:
     # Each picture is convolved with the gradient of its output for a kernel, which is
     # what this gradient is, and oneDNN is quick at it.
     total = grad.new_zeros(1, dtype=torch.float32)
-    for picture, kernel in zip(padded, grad, strict=True):
+    # A batch of one, which by its strides still counts as channels last.
+    for picture, kernel in zip(padded.split(1), grad, strict=True):
         for window, part in _parts(picture, kernel, weight.shape[-1]):
-            out = functional.conv2d(window[None], part[:, None], groups=len(part))
+            out = functional.conv2d(window, part[:, None], groups=len(part))
             total = total + out
     return total.to(grad.dtype).transpose(0, 1)
 
@@ -129,4 +130,4 @@ def _parts(
         for j in range(0, width, _PART):
             part = kernel[:, i : i + _PART, j : j + _PART]
             rows, columns = (side + size - 1 for side in part.shape[1:])
-            yield picture[:, i : i + rows, j : j + columns], part
+            yield picture[..., i : i + rows, j : j + columns], part

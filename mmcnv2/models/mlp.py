@@ -92,11 +92,10 @@ class _ExpandAndProject(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight1, gamma, beta, weight2, norms, *kept = ctx.saved_tensors
-        grad_x, grad_weight1 = torch.empty_like(x), torch.zeros_like(weight1)
+        grad_x, grad_bias2 = torch.empty_like(x), grad.sum((0, 1))
         grad_bias1, grad_gamma = torch.zeros_like(gamma), torch.zeros_like(gamma)
-        grad_bias2 = grad.sum((0, 1))
-        # Turned, since the product is quicker where there are more rows than columns.
-        grad_weight2 = torch.outer(beta, grad_bias2)
+        # The second turned: products are quicker with more rows than columns.
+        grad_weight1 = grad_weight2 = None
         _, of_weight1, *_, of_weight2, _, _ = ctx.needs_input_grad
         remaining = iter(kept)
         for pictures, parts in _groups(x, len(weight1)):
@@ -105,7 +104,8 @@ class _ExpandAndProject(torch.autograd.Function):
             scale = gamma * response(norms[pictures]) + 1
             grads = [linear(grad[part], weight2.t()) for part in parts]
             for part, a in zip(parts, active, strict=True) if of_weight2 else ():
-                grad_weight2.addmm_(_rows(a * scale).t(), _rows(grad[part]))
+                z = torch.addcmul(beta, a, scale)
+                grad_weight2 = _add_product(grad_weight2, z, grad[part])
             grad_scale = _total(map(sum_of_products, active, grads))
             of_gamma, slope = through_scale(grad_scale, gamma, norms[pictures])
             grad_gamma += of_gamma
@@ -114,11 +114,12 @@ class _ExpandAndProject(torch.autograd.Function):
                 _gelu_backward(g, h, grad_input=g)
                 grad_x[part] = linear(g, weight1.t())
                 if of_weight1:
-                    grad_weight1.addmm_(_rows(g).t(), _rows(x[part]))
-                grad_bias1 += _rows(g).sum(0)
+                    grad_weight1 = _add_product(grad_weight1, g, x[part])
+                grad_bias1 += g.sum((0, 1))
         return (
             *(grad_x, grad_weight1, grad_bias1, grad_gamma),
-            *(weight2.t() @ grad_bias2, grad_weight2.t(), grad_bias2, None),
+            weight2.t() @ grad_bias2,
+            *(None if grad_weight2 is None else grad_weight2.t(), grad_bias2, None),
         )
 
 
@@ -143,5 +144,7 @@ def _total(parts: Iterable[Tensor]) -> Tensor:
     return torch.stack(list(parts)).sum(0)
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x.flatten(0, 1)
+def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """Add ``left.T @ right`` of all rows to what there is."""
+    left, right = left.flatten(0, 1).t(), right.flatten(0, 1)
+    return left @ right if total is None else total.addmm_(left, right)
