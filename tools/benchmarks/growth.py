@@ -183,11 +183,12 @@ def slope(changes: str, name: str, rows: Sequence[dict[str, Any]]) -> dict[str, 
 
 
 def plot(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> Figure:
-    """Draw time and memory of each series."""
-    figure = Figure(figsize=(3.2 * len(args.by), 5.5), dpi=150, layout='constrained')
-    grid = figure.subplots(2, len(args.by), squeeze=False)
-    for column, changes in zip(grid.T, args.by, strict=True):
-        for axes, key in zip(column, ('seconds', 'peak_mib'), strict=True):
+    """Draw time and memory of each series, side by side."""
+    figure = Figure(figsize=(6.4, 2.8 * len(args.by)), dpi=150, layout='constrained')
+    grid = figure.subplots(len(args.by), 2, squeeze=False)
+    kinds = (('seconds', 'seconds'), ('peak_mib', 'MiB'))
+    for line, changes in zip(grid, args.by, strict=True):
+        for axes, (key, label) in zip(line, kinds, strict=True):
             for name in ENCODERS:
                 own = [
                     (row['value'], row[key])
@@ -197,9 +198,8 @@ def plot(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> Figure:
                 axes.plot(*zip(*own, strict=True), marker='o', markersize=3, label=name)
             axes.set_ylim(bottom=0)
             axes.set_xlabel(changes.replace('_', ' '))
+            axes.set_ylabel(label)
             axes.grid(alpha=0.3)
-    for axes, label in zip(grid[:, 0], ('seconds', 'MiB'), strict=True):
-        axes.set_ylabel(label)
     grid[0, 0].legend()
     return figure
 
