@@ -34,13 +34,12 @@ ELSEWHERE = {
     'configs/classification/README.md': 'tests/configs/test_classification.py',
 }
 HERE = [page for page in PAGES if blocks(page, 'bash') and page not in ELSEWHERE]
-# Run by .ci/run; and by a test of its own, with recipes of its own.
-NOT_HERE = {'pip', 'pytest', 'tools/miniature.py'}
+# Run by .ci/run; and by tests of their own, with recipes of their own.
+NOT_HERE = {'pip', 'pytest', 'tools/miniature.py', 'tools/kill_and_resume.py'}
 
 # The last of options that repeat is the one that counts.
 NETWORK = ['--arch', 'atto', '--rounds', '1', '--device', 'cpu', '--batch-size', '1']
 SMALL = {
-    'kill_and_resume.py': ['--kills', '1'],
     'leaks.py': ['--interval', '1', '--cfg-options', 'train_cfg.max_epochs=10'],
     'floor.py': [*NETWORK, '--side', '64', '--mib', '1'],
     'encoder.py': [*NETWORK, '--size', '128'],
@@ -50,7 +49,7 @@ SMALL = {
     'growth.py': [*NETWORK, '--size', '64', '--sizes', '64', '96'],
 }
 SMALL['heads.py'] += SLIM_MASK_RCNN
-SMALL['growth.py'] += ['--mask-ratios', '0.5', '--batch-sizes', '1', '--processes', '1']
+SMALL['growth.py'] += ['--by', 'size', 'mask_ratio', '--mask-ratios', '0.5']
 # What pages mean by placeholders, and what is changed.
 IN_PLACE = {
     'CONFIG': 'configs/fcmae/fcmae_convnextv2-base_800e_imagenet.py',
@@ -63,6 +62,9 @@ IN_PLACE = {
     r'--nproc_per_node=\d+': '--nproc_per_node=1',
     r'--master_addr=.*': '--master_addr=127.0.0.1',
     r'--launcher=slurm': '--launcher=pytorch',
+    # Runs that differ in their seed alone become one.
+    r'randomness\.seed=\d+': 'randomness.seed=0',
+    r'(work_dirs/\w+)_\d': r'\1',
 }
 
 
@@ -94,7 +96,7 @@ def test_page(page: str, checkout: Path, ade: Path) -> None:  # noqa: F811
     # DeepSpeed's config.
     calls = [adapted(call) for call in calls if 'my_config' not in ' '.join(call)]
     write_small_configs({arg for call in calls for arg in call}, ade)
-    run_all(calls)
+    run_all(list(map(list, dict.fromkeys(map(tuple, calls)))))
 
 
 def test_deepspeed(checkout: Path, ade: Path) -> None:  # noqa: F811
