@@ -14,11 +14,12 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
@@ -34,6 +35,7 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import find_latest_checkpoint
 
 from mmcnv2.engine.conversion import load_weights, save_weights
+from mmcnv2.engine.jobs import start_tool, stop_tool
 from mmcnv2.registry import MODELS
 
 TOOLS = Path(__file__).resolve().parent
@@ -232,15 +234,15 @@ def run_all(
 ) -> None:
     """Run what has not ended yet, some at a time, and do something after each."""
     waiting = deque(run for run in runs if not run.end.exists())
-    running: dict[Run, subprocess.Popen] = {}
+    running: dict[Run, BaseProcess] = {}
     begin = time.monotonic()
     try:
         while waiting or running:
             while waiting and len(running) < processes:
                 run = waiting.popleft()
                 running[run] = start(run)
-            time.sleep(0.1)
-            for run in [run for run, job in running.items() if job.poll() is not None]:
+            wait(job.sentinel for job in running.values())
+            for run in [run for run, job in running.items() if not job.is_alive()]:
                 finish(run, running.pop(run))
                 minutes = (time.monotonic() - begin) / 60
                 print(
@@ -251,31 +253,22 @@ def run_all(
                 then() if then else None
     finally:
         for job in running.values():
-            os.killpg(job.pid, signal.SIGTERM)
+            stop_tool(job)
         for job in running.values():
-            job.wait()
+            job.join()
 
 
-def start(run: Run) -> subprocess.Popen:
+def start(run: Run) -> BaseProcess:
     shutil.rmtree(run.folder, ignore_errors=True)
     run.folder.mkdir(parents=True)
-    with run.log.open('w') as log:
-        return subprocess.Popen(
-            [sys.executable, *run.command],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            # A group, to end loader workers too, which would outlive their run.
-            start_new_session=True,
-            # Several runs with a thread each are quicker than one with several.
-            env={'OMP_NUM_THREADS': '1', **os.environ},
-        )
+    return start_tool(run.command, run.log)
 
 
-def finish(run: Run, job: subprocess.Popen) -> None:
-    if job.returncode:
+def finish(run: Run, job: BaseProcess) -> None:
+    if job.exitcode:
         last = '\n'.join(run.log.read_text().splitlines()[-5:])
         raise SystemExit(
-            f'{run.folder.name} failed with status {job.returncode}:\n{last}\n'
+            f'{run.folder.name} failed with status {job.exitcode}:\n{last}\n'
             f'All of it is in {run.log}. The other runs are stopped; the same command '
             'goes on from here.'
         )
@@ -330,6 +323,8 @@ def summary(values: Sequence[float]) -> str:
 def main() -> None:
     args = parse_args()
     args.out_dir = args.out_dir.resolve()
+    # Several runs with a thread each are quicker than one with several.
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
     # So that runs are stopped too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     check_recipes(args)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..models import ConvNeXtV2
+from ..models.grn import GRN
 from ..models.layers import Block
 from ..models.layouts import DenseLayout, import_minkowski_engine
 from .networks import SparKEncoder, build_ours, build_present
@@ -46,7 +47,10 @@ def build_others(
     builders = {
         'dense': (_nothing, lambda: DenseEncoder(packed)),
         'dense-masked': (_nothing, lambda: MaskedEncoder(packed, _block)),
-        'dense-masked-plain': (_nothing, lambda: MaskedEncoder(packed, _plain_block)),
+        'dense-masked-plain': (
+            _nothing,
+            lambda: MaskedEncoder(_with_plain_grn(packed), _plain_block),
+        ),
         'minkowski': (import_minkowski_engine, lambda: _minkowski(packed)),
         'spark': (
             partial(import_module, 'mmpretrain.models'),
@@ -122,19 +126,40 @@ def _block(block: Block, x: Tensor, seen: Tensor) -> Tensor:
 
 def _plain_block(block: Block, x: Tensor, seen: Tensor) -> Tensor:
     """Run a block by PyTorch's operations alone, as one would write it."""
-    conv, grn = block.dwconv, block.grn
+    conv = block.dwconv
     y = functional.conv2d(
         x.permute(0, 3, 1, 2), conv.weight, conv.bias, padding=3, groups=x.shape[-1]
     )
     y = block.act(block.pwconv1(block.norm(y.permute(0, 2, 3, 1)))) * seen
-    norm = torch.linalg.vector_norm(y.float(), dim=(1, 2), keepdim=True)
-    response = norm / (norm.mean(-1, keepdim=True) + 1e-6)
-    y = grn.gamma * (y * response.to(y.dtype)) + grn.beta + y
-    return (x + block.pwconv2(y)) * seen
+    return (x + block.pwconv2(block.grn(y))) * seen
+
+
+class PlainGRN(GRN):
+    """GRN as one would write it in PyTorch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``(N, ..., C)``."""
+        positions = tuple(range(1, x.dim() - 1))
+        norm = torch.linalg.vector_norm(x.float(), dim=positions, keepdim=True)
+        response = norm / (norm.mean(-1, keepdim=True) + 1e-6)
+        gamma, beta = self.gamma.flatten(), self.beta.flatten()
+        return gamma * (x * response.to(x.dtype)) + beta + x
+
+
+def _with_plain_grn(packed: ConvNeXtV2) -> ConvNeXtV2:
+    """Copy the encoder; its blocks run one layer after the other then."""
+    encoder = deepcopy(packed)
+    for block in encoder.modules():
+        if isinstance(block, Block):
+            plain = PlainGRN(block.pwconv1.out_features)
+            plain.load_state_dict(block.grn.state_dict())
+            block.grn = plain
+    return encoder
 
 
 def _minkowski(packed: ConvNeXtV2) -> ConvNeXtV2:
-    encoder = deepcopy(packed)
+    """Take its convolutions, and PyTorch's layers, as the paper's code does."""
+    encoder = _with_plain_grn(packed)
     encoder.sparse = 'minkowski'
     return encoder
 

@@ -78,7 +78,7 @@ def pad(x: Tensor, margin: int) -> Tensor:
     return padded.permute(0, 3, 1, 2)
 
 
-def input_gradient(grad: Tensor, weight: Tensor, padding: int = 0) -> Tensor:
+def input_gradient(grad: Tensor, weight: Tensor, padding: int) -> Tensor:
     """Compute that of a depthwise convolution, which is one too, of stride 1.
 
     Args:
@@ -113,8 +113,10 @@ def weight_gradient(grad: Tensor, padded: Tensor, weight: Tensor) -> Tensor:
     # Each picture is convolved with the gradient of its output for a kernel, which is
     # what this gradient is, and oneDNN is quick at it.
     total = grad.new_zeros(1, dtype=torch.float32)
+    # Kernels in plain order: turned all at once, and not one by one in convolutions.
+    kernels = grad.contiguous()
     # A batch of one, which by its strides still counts as channels last.
-    for picture, kernel in zip(padded.split(1), grad, strict=True):
+    for picture, kernel in zip(padded.split(1), kernels, strict=True):
         for window, part in _parts(picture, kernel, weight.shape[-1]):
             out = functional.conv2d(window, part[:, None], groups=len(part))
             total = total + out

@@ -1,5 +1,8 @@
 """Global response normalisation."""
 
+from collections.abc import Iterable
+from functools import reduce
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -91,7 +94,12 @@ def sum_of_products(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> T
     elements = _PART if a.device.type == 'cpu' else _PART_ELSEWHERE
     rows = max(elements * a.shape[1] // a.numel(), 1)
     parts = zip(a.split(rows, dim=1), b.split(rows, dim=1), strict=True)
-    return sum((x.to(dtype or x.dtype) * y).sum(1, keepdim=True) for x, y in parts)
+    return total((x.to(dtype or x.dtype) * y).sum(1, keepdim=True) for x, y in parts)
+
+
+def total(parts: Iterable[Tensor]) -> Tensor:
+    """Sum tensors of one shape; a single one is its own sum."""
+    return reduce(torch.add, parts)
 
 
 def through_scale(grad: Tensor, gamma: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Expansion, GELU, GRN and projection of a block as one function, by parts."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import gelu
 
-from .grn import GRN, response, sum_of_products, through_scale
+from .grn import GRN, response, sum_of_products, through_scale, total
 from .linear import linear
 from .shortcuts import is_traced
 
@@ -19,6 +19,9 @@ _gelu_backward = torch.ops.aten.gelu_backward.grad_input
 
 # Expanded features that are dealt with at a time: what a cache holds several times.
 _PART = 1 << 20
+# How many times as large as the weight a picture's features are where the weight is
+# scaled in their stead.
+_TALL = 4
 
 
 def is_quicker_by_parts(x: Tensor) -> bool:
@@ -76,15 +79,17 @@ class _ExpandAndProject(torch.autograd.Function):
         keep = keep and any(ctx.needs_input_grad)
         norms = x.new_empty(len(x), 1, len(weight1))
         out, kept = torch.empty_like(x), []
+        # Beta adds the same to all positions.
+        bias = torch.addmv(bias2, weight2, beta)
         for pictures, parts in _groups(x, len(weight1)):
             hidden = [linear(x[part], weight1, bias1) for part in parts]
             kept += hidden if keep else []
             active = [gelu(h) if keep else _gelu_(h) for h in hidden]
-            norms[pictures] = _total(map(sum_of_products, active, active)).sqrt_()
+            norms[pictures] = total(map(sum_of_products, active, active)).sqrt_()
             scale = gamma * response(norms[pictures]) + 1
-            for part, a in zip(parts, active, strict=True):
-                torch.addcmul(beta, a, scale, out=a)
-                out[part] = linear(a, weight2, bias2)
+            projected = _project(active, scale, weight2, bias)
+            for part, y in zip(parts, projected, strict=True):
+                out[part] = y
         ctx.save_for_backward(x, weight1, gamma, beta, weight2, norms, *kept)
         return out
 
@@ -94,7 +99,6 @@ class _ExpandAndProject(torch.autograd.Function):
         x, weight1, gamma, beta, weight2, norms, *kept = ctx.saved_tensors
         grad_x, grad_bias2 = torch.empty_like(x), grad.sum((0, 1))
         grad_bias1, grad_gamma = torch.zeros_like(gamma), torch.zeros_like(gamma)
-        # The second turned: products are quicker with more rows than columns.
         grad_weight1 = grad_weight2 = None
         _, of_weight1, *_, of_weight2, _, _ = ctx.needs_input_grad
         remaining = iter(kept)
@@ -102,25 +106,69 @@ class _ExpandAndProject(torch.autograd.Function):
             hidden = list(islice(remaining, len(parts)))
             active = [gelu(h) for h in hidden]
             scale = gamma * response(norms[pictures]) + 1
-            grads = [linear(grad[part], weight2.t()) for part in parts]
-            for part, a in zip(parts, active, strict=True) if of_weight2 else ():
-                z = torch.addcmul(beta, a, scale)
-                grad_weight2 = _add_product(grad_weight2, z, grad[part])
-            grad_scale = _total(map(sum_of_products, active, grads))
+            grads, grad_scale, grad_weight2 = _project_back(
+                [grad[part] for part in parts],
+                *(active, scale, weight2, grad_weight2, of_weight2),
+            )
             of_gamma, slope = through_scale(grad_scale, gamma, norms[pictures])
             grad_gamma += of_gamma
             for part, h, a, g in zip(parts, hidden, active, grads, strict=True):
-                g.mul_(scale).addcmul_(a, slope)
+                g.addcmul_(a, slope)
                 _gelu_backward(g, h, grad_input=g)
                 grad_x[part] = linear(g, weight1.t())
                 if of_weight1:
                     grad_weight1 = _add_product(grad_weight1, g, x[part])
                 grad_bias1 += g.sum((0, 1))
+        if of_weight2:
+            grad_weight2.addr_(grad_bias2, beta)
         return (
             *(grad_x, grad_weight1, grad_bias1, grad_gamma),
-            weight2.t() @ grad_bias2,
-            *(None if grad_weight2 is None else grad_weight2.t(), grad_bias2, None),
+            *(weight2.t() @ grad_bias2, grad_weight2, grad_bias2, None),
         )
+
+
+def _project(
+    active: list[Tensor], scale: Tensor, weight: Tensor, bias: Tensor
+) -> Iterator[Tensor]:
+    """Scale features, or the weight where it is smaller, and project, one by one."""
+    if _is_tall(active, scale, weight):
+        scaled = weight * scale[0]
+        return (linear(a, scaled, bias) for a in active)
+    return (linear(a.mul_(scale), weight, bias) for a in active)
+
+
+def _project_back(
+    grads: list[Tensor],
+    active: list[Tensor],
+    scale: Tensor,
+    weight: Tensor,
+    grad_weight: Tensor | None,
+    of_weight: bool,
+) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    """Return gradients of features under this scale, of the scale, and of the weight.
+
+    The last is added to what there is.
+    """
+    if of_weight and _is_tall(active, scale, weight):
+        # That of the scaled weight holds that of the scale too.
+        product = torch.zeros_like(weight)
+        for g, a in zip(grads, active, strict=True):
+            product = _add_product(product, g, a)
+        grad_scale = (product * weight).sum(0)
+        grad_weight = _add(grad_weight, product.mul_(scale[0]))
+        scaled = (weight * scale[0]).t()
+        return [linear(g, scaled) for g in grads], grad_scale, grad_weight
+    for g, a in zip(grads, active, strict=True) if of_weight else ():
+        grad_weight = _add_product(grad_weight, g, a * scale)
+    inner = [linear(g, weight.t()) for g in grads]
+    grad_scale = total(map(sum_of_products, active, inner))
+    return [g.mul_(scale) for g in inner], grad_scale, grad_weight
+
+
+def _is_tall(active: list[Tensor], scale: Tensor, weight: Tensor) -> bool:
+    """Tell whether features are of one picture, and far more than weights."""
+    positions = sum(a.shape[1] for a in active)
+    return len(scale) == 1 and positions >= _TALL * len(weight)
 
 
 def _groups(x: Tensor, wide: int) -> Iterator[tuple[slice, list[tuple[slice, slice]]]]:
@@ -140,8 +188,8 @@ def _slices(count: int, size: int) -> Iterator[slice]:
     return (slice(i, min(i + size, count)) for i in range(0, count, size))
 
 
-def _total(parts: Iterable[Tensor]) -> Tensor:
-    return torch.stack(list(parts)).sum(0)
+def _add(total: Tensor | None, more: Tensor) -> Tensor:
+    return more if total is None else total.add_(more)
 
 
 def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:

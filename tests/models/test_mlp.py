@@ -63,16 +63,28 @@ def test_is_one_after_the_other(shape, hidden, dtype):
 
 
 def test_shapes_are_divided_as_they_are_meant_to_be():
-    groups = [
-        list(mlp._groups(torch.empty(shape).flatten(1, -2), hidden))
-        for shape, hidden in SHAPES
-    ]
+    features = [torch.empty(shape).flatten(1, -2) for shape, _ in SHAPES]
+    wide = [hidden for _, hidden in SHAPES]
+    groups = [list(mlp._groups(*each)) for each in zip(features, wide, strict=True)]
     assert [[len(parts) for _, parts in each] for each in groups] == [
         [1],
         [1],
         [1, 1],
         [2, 2],
     ]
+    # Single pictures that are much larger than the weights have a way of their own.
+    tall = [
+        [
+            mlp._is_tall(
+                [torch.empty(x[part].shape) for part in parts],
+                torch.empty(len(x[pictures]), 1, hidden),
+                torch.empty(x.shape[-1], hidden),
+            )
+            for pictures, parts in each
+        ]
+        for each, x, hidden in zip(groups, features, wide, strict=True)
+    ]
+    assert tall == [[False], [False], [False, True], [True, True]]
     together, alone = ([pictures for pictures, _ in each] for each in groups[2:])
     assert together == [slice(0, 2), slice(2, 3)]
     assert alone == [slice(0, 1), slice(1, 2)]
@@ -124,9 +136,10 @@ def test_operations_are_counted():
 @pytest.mark.parametrize(
     'frozen', [('pwconv1',), ('pwconv1', 'grn', 'pwconv2')], ids=str
 )
-def test_frozen_layers(frozen):
+@pytest.mark.parametrize('pictures', [1, 2])
+def test_frozen_layers(frozen, pictures):
     torch.manual_seed(0)
-    block, y = Block(16), torch.randn(2, 8, 8, 16, requires_grad=True)
+    block, y = Block(16), torch.randn(pictures, 8, 8, 16, requires_grad=True)
     for name in frozen:
         getattr(block, name).requires_grad_(False)
     learning = [

@@ -136,9 +136,15 @@ def parsed(options: tuple[str, ...]) -> dict:
     return parser.parse_args(['--cfg-options', *options]).cfg_options
 
 
+def script(path: Path, text: str) -> tuple[str]:
+    path.write_text(text)
+    return (str(path),)
+
+
 def test_several_at_a_time(tool: dict, tmp_path: Path) -> None:
     nap = 'import time; begin = time.time(); time.sleep(0.5); print(begin, time.time())'
-    runs = [tool['Run'](tmp_path / str(i), ('-c', nap)) for i in range(3)]
+    command = script(tmp_path / 'nap.py', nap)
+    runs = [tool['Run'](tmp_path / str(i), command) for i in range(3)]
     ended = []
     tool['run_all'](runs, 2, then=lambda: ended.append(time.time()))
     times = [list(map(float, run.log.read_text().split())) for run in runs]
@@ -153,9 +159,9 @@ def test_a_failure_stops_the_others_and_is_told(tool: dict, tmp_path: Path) -> N
     # As training does, with a worker.
     nap = 'import subprocess; job = subprocess.Popen(["sleep", "600"]); '
     nap += 'print(job.pid, flush=True); job.wait()'
-    forever = tool['Run'](tmp_path / 'a', ('-c', nap))
+    forever = tool['Run'](tmp_path / 'a', script(tmp_path / 'nap.py', nap))
     fail = 'import time; time.sleep(2); raise SystemExit("no picture")'
-    fails = tool['Run'](tmp_path / 'b', ('-c', fail))
+    fails = tool['Run'](tmp_path / 'b', script(tmp_path / 'fail.py', fail))
     begin = time.monotonic()
     with pytest.raises(SystemExit, match=r'b failed with status 1:\nno picture\n.*log'):
         tool['run_all']([forever, fails], 2)

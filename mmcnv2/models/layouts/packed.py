@@ -38,8 +38,9 @@ class PackedLayout:
             )
         self.grid = mask.shape
         self.patches = visible.flatten().nonzero().squeeze(1)
-        self._pictures: dict[str, Tensor] = {}
+        self._pictures: dict[str, tuple[Tensor, tuple[int, ...]]] = {}
         self._tables: dict[tuple[int, int], Tensor] = {}
+        self._lines_by_side: dict[int, Tensor] = {}
 
     def stem(self, conv: nn.Conv2d, image: Tensor) -> Tensor:
         _, h, w = self.grid
@@ -99,19 +100,36 @@ class PackedLayout:
         """
         side, (n, h, w) = self._side(x), self.grid
         size = (n, h * side + 2 * margin, w * side + 2 * margin, x.shape[-1])
-        picture = self._pictures.get(name)
-        if picture is None or (picture.shape, picture.dtype) != (size, x.dtype):
-            picture = self._pictures[name] = x.new_zeros(size)
+        picture = self._empty(name, size, x)
         picture.flatten(0, 2).index_copy_(0, self._table(side, margin), x.flatten(0, 1))
         return picture.permute(0, 3, 1, 2)
+
+    def _empty(self, name: str, size: tuple[int, ...], x: Tensor) -> Tensor:
+        """Give a picture that is zero where no token will be put.
+
+        Stages share its memory if it suffices: fresh memory is slower.
+        """
+        memory, last = self._pictures.get(name, (None, None))
+        count = math.prod(size)
+        if memory is None or memory.numel() < count or memory.dtype != x.dtype:
+            memory = x.new_zeros(count)
+        elif last != size:
+            memory[:count].zero_()
+        self._pictures[name] = memory, size
+        return memory[:count].view(size)
 
     def pick(self, pictures: Tensor, x: Tensor) -> Tensor:
         """Take tokens, as many as in ``x``, out of pictures ``(N, C, H, W)``."""
         # A row of a tile is contiguous in the picture too, so whole rows are moved.
         side = self._side(x)
         lines = pictures.permute(0, 2, 3, 1).reshape(-1, side * x.shape[-1])
-        rows = self._table(side, 0)[::side] // side
-        return lines.index_select(0, rows).view(x.shape)
+        return lines.index_select(0, self._lines(side)).view(x.shape)
+
+    def _lines(self, side: int) -> Tensor:
+        """Where the lines of tiles lie among all such lines of the pictures."""
+        if side not in self._lines_by_side:
+            self._lines_by_side[side] = self._table(side, 0)[::side] // side
+        return self._lines_by_side[side]
 
     def _table(self, side: int, margin: int) -> Tensor:
         """Where tokens lie among the positions of all pictures.
@@ -150,15 +168,13 @@ class _VisibleDepthwise(torch.autograd.Function):
         (x, weight), layout = ctx.saved_tensors, ctx.layout
         of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
         margin = weight.shape[-1] // 2
-        padded = layout.fill(grad, margin, 'gradients')
+        grads = layout.fill(grad, 0, 'gradients')
         grad_x = grad_weight = None
         if of_x:
-            grad_x = layout.pick(input_gradient(padded, weight), x)
+            grad_x = layout.pick(input_gradient(grads, weight, padding=margin), x)
         if of_weight:
             pictures = layout.fill(x, margin, 'features')
-            h, w = (length - margin for length in padded.shape[2:])
-            inner = padded[..., margin:h, margin:w]
-            grad_weight = weight_gradient(inner, pictures, weight)
+            grad_weight = weight_gradient(grads, pictures, weight)
         # Of the tokens alone, which is much quicker than oneDNN's of the picture.
         grad_bias = grad.sum((0, 1)) if of_bias else None
         return grad_x, grad_weight, grad_bias, None
