@@ -188,11 +188,11 @@ def _slices(count: int, size: int) -> Iterator[slice]:
     return (slice(i, min(i + size, count)) for i in range(0, count, size))
 
 
-def _add(total: Tensor | None, more: Tensor) -> Tensor:
-    return more if total is None else total.add_(more)
+def _add(sums: Tensor | None, more: Tensor) -> Tensor:
+    return more if sums is None else sums.add_(more)
 
 
-def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+def _add_product(sums: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     """Add ``left.T @ right`` of all rows to what there is."""
     left, right = left.flatten(0, 1).t(), right.flatten(0, 1)
-    return left @ right if total is None else total.addmm_(left, right)
+    return left @ right if sums is None else sums.addmm_(left, right)

@@ -3,8 +3,8 @@
 One thing changes at a time: the side of a picture, the mask ratio, the batch, or the
 number of processes, which share the threads and average their gradients. For each the
 slope tells how time follows the positions that the encoder computes: the exponent of
-the power law that fits best (1 is in proportion), and how far the times lie off the
-straight line that fits best.
+the power law that fits best (1 is in proportion), and, of the straight line that fits
+best, what does not grow, and how far the times lie off it.
 """
 
 import argparse
@@ -54,6 +54,7 @@ SLOPES = {
     'changes': '{changes}',
     'encoder': '{encoder}',
     'exponent of time': '{exponent:.2f}',
+    'does not grow, s': '{fixed:.3f}',
     'off the line': '{off_line:.1%}',
     'exponent of memory': '{memory_exponent:.2f}',
 }
@@ -172,11 +173,13 @@ def slope(changes: str, name: str, rows: Sequence[dict[str, Any]]) -> dict[str, 
     if len(set(patches)) < 2:
         return {}
     # Weighed by their size, so that what is fitted is how far they lie off in percent.
-    line = np.polyval(np.polyfit(patches, times, 1, w=1 / times), patches)
+    per_patch, fixed = np.polyfit(patches, times, 1, w=1 / times)
+    line = per_patch * patches + fixed
     return dict(
         changes=changes,
         encoder=name,
         exponent=float(np.polyfit(np.log(patches), np.log(times), 1)[0]),
+        fixed=float(fixed),
         off_line=float(np.abs(times / line - 1).max()),
         memory_exponent=float(np.polyfit(np.log(patches), np.log(memory), 1)[0]),
     )
