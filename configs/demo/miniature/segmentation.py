@@ -1,8 +1,6 @@
 # In batches of half the size a step takes half the time, and teaches nearly as much.
 _base_ = '../upernet_convnextv2-atto_demo.py'
 
-# More than a quarter of a step's time would go to the head's convolutions.
-model = dict(decode_head=dict(channels=32), auxiliary_head=dict(channels=32))
 train_dataloader = dict(batch_size=4)
 train_cfg = dict(max_iters=350, val_interval=350)
 default_hooks = dict(checkpoint=dict(interval=350, save_optimizer=False))
