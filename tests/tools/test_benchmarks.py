@@ -239,9 +239,8 @@ def test_slopes() -> None:
     assert found['memory_exponent'] == pytest.approx(2)
     assert found['off_line'] == pytest.approx(0, abs=1e-9)
     assert found['fixed'] == pytest.approx(0, abs=1e-9)
-    for row in rows:
-        row['seconds'] += 0.5
-    assert slope('size', 'packed', rows)['fixed'] == pytest.approx(0.5)
+    slower = [{**row, 'seconds': row['seconds'] + 0.5} for row in rows]
+    assert slope('size', 'packed', slower)['fixed'] == pytest.approx(0.5)
     rows[1]['seconds'] = 5.0
     assert slope('size', 'packed', rows)['off_line'] > 0.1
 
