@@ -21,6 +21,7 @@ from mmcnv2.engine.launch import (
     build_runner,
     check_annotations,
     checkpoint_path,
+    leave_process_group,
     load_config,
 )
 
@@ -149,6 +150,7 @@ def main() -> None:
     check_annotations(cfg.test_dataloader)
     runner.register_hook(WholeModel())
     runner.test()
+    leave_process_group()
 
 
 if __name__ == '__main__':

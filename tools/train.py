@@ -15,6 +15,7 @@ from mmcnv2.engine.launch import (
     build_runner,
     check_annotations,
     checkpoint_path,
+    leave_process_group,
     load_config,
 )
 
@@ -93,6 +94,7 @@ def main() -> None:
     check_annotations(cfg.train_dataloader, cfg.get('val_dataloader'))
     check_for_a_batch(runner)
     runner.train()
+    leave_process_group()
 
 
 if __name__ == '__main__':

@@ -130,6 +130,16 @@ def build_runner(cfg: Config) -> Runner:
     return runner
 
 
+def leave_process_group() -> None:
+    """Leave the process group, if there is one, when all that a tool does is done.
+
+    A thread of Gloo that holds a last result while the interpreter ends would abort the
+    process (https://github.com/pytorch/pytorch/pull/179291).
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def check_annotations(*loaders: dict | None) -> None:
     """Check the annotation files of data loaders, as far as they are COCO's.
 

@@ -240,7 +240,8 @@ def run(tools_folder: Path) -> Run:
             result = run_tool(command, tools_folder, modules)
         else:
             result = run_script(command, tools_folder, modules)
-        assert (result.returncode != 0) == fails, result.stdout
+        # Why it failed comes last, and much may come before.
+        assert (result.returncode != 0) == fails, result.stdout[-4000:]
         return result
 
     return run
