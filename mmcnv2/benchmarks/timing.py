@@ -104,6 +104,9 @@ class Contender:
 def measure(contenders: Sequence[Contender], rounds: int, device: str) -> None:
     """Measure contenders in turns.
 
+    A turn is two steps, and the second is timed: in training the one before was of the
+    same kind too, and has left its memory and caches.
+
     Args:
         contenders: All of them. Each is warmed up first, and its memory measured.
         rounds: How often each is timed.
@@ -116,8 +119,10 @@ def measure(contenders: Sequence[Contender], rounds: int, device: str) -> None:
     for number in range(rounds):
         # There and back, so that nobody always runs after the same one.
         for each in contenders[:: (-1) ** number]:
-            each.model.zero_grad()
-            each.seconds.append(seconds(each.step, device))
+            for _ in range(2):
+                each.model.zero_grad()
+                last = seconds(each.step, device)
+            each.seconds.append(last)
 
 
 def seconds(step: Callable[[], Any], device: str) -> float:
