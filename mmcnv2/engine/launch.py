@@ -133,7 +133,7 @@ def build_runner(cfg: Config) -> Runner:
 def leave_process_group() -> None:
     """Leave the process group, if there is one, when all that a tool does is done.
 
-    A thread of Gloo that holds a last result while the interpreter ends would abort the
+    A thread of Gloo that holds a last result while the interpreter ends may abort the
     process (https://github.com/pytorch/pytorch/pull/179291).
     """
     if torch.distributed.is_initialized():

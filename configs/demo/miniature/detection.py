@@ -1,5 +1,5 @@
-# In batches of a quarter of the size a step takes a third of the time, and early in
-# training many steps matter more than large ones.
+# In batches of a quarter of the size a step takes a third of the time, so that the hour
+# has more of them.
 _base_ = '../mask-rcnn_convnextv2-atto_fpn_demo.py'
 
 train_dataloader = dict(batch_size=2)
