@@ -17,11 +17,8 @@ from .shortcuts import is_traced
 _gelu_ = torch.ops.aten.gelu_
 _gelu_backward = torch.ops.aten.gelu_backward.grad_input
 
-# Expanded features that are dealt with at a time: what a cache holds several times.
-_PART = 1 << 20
-# How many times as large as the weight a picture's features are where the weight is
-# scaled in their stead.
-_TALL = 4
+# Expanded features that are dealt with at a time: what a last-level cache holds.
+_PART = 1 << 22
 
 
 def is_quicker_by_parts(x: Tensor) -> bool:
@@ -87,9 +84,8 @@ class _ExpandAndProject(torch.autograd.Function):
             active = [gelu(h) if keep else _gelu_(h) for h in hidden]
             norms[pictures] = total(map(sum_of_products, active, active)).sqrt_()
             scale = gamma * response(norms[pictures]) + 1
-            projected = _project(active, scale, weight2, bias)
-            for part, y in zip(parts, projected, strict=True):
-                out[part] = y
+            for part, a in zip(parts, active, strict=True):
+                out[part] = linear(a.mul_(scale), weight2, bias)
         ctx.save_for_backward(x, weight1, gamma, beta, weight2, norms, *kept)
         return out
 
@@ -105,19 +101,20 @@ class _ExpandAndProject(torch.autograd.Function):
         for pictures, parts in _groups(x, len(weight1)):
             hidden = list(islice(remaining, len(parts)))
             active = [gelu(h) for h in hidden]
+            grads = [linear(grad[part], weight2.t()) for part in parts]
             scale = gamma * response(norms[pictures]) + 1
-            grads, grad_scale, grad_weight2 = _project_back(
-                [grad[part] for part in parts],
-                *(active, scale, weight2, grad_weight2, of_weight2),
-            )
+            grad_scale = total(map(sum_of_products, active, grads))
             of_gamma, slope = through_scale(grad_scale, gamma, norms[pictures])
             grad_gamma += of_gamma
             for part, h, a, g in zip(parts, hidden, active, grads, strict=True):
-                g.addcmul_(a, slope)
+                g.mul_(scale).addcmul_(a, slope)
                 _gelu_backward(g, h, grad_input=g)
                 grad_x[part] = linear(g, weight1.t())
                 if of_weight1:
                     grad_weight1 = _add_product(grad_weight1, g, x[part])
+                if of_weight2:
+                    projected = a.mul_(scale)
+                    grad_weight2 = _add_product(grad_weight2, grad[part], projected)
                 grad_bias1 += g.sum((0, 1))
         if of_weight2:
             grad_weight2.addr_(grad_bias2, beta)
@@ -125,50 +122,6 @@ class _ExpandAndProject(torch.autograd.Function):
             *(grad_x, grad_weight1, grad_bias1, grad_gamma),
             *(weight2.t() @ grad_bias2, grad_weight2, grad_bias2, None),
         )
-
-
-def _project(
-    active: list[Tensor], scale: Tensor, weight: Tensor, bias: Tensor
-) -> Iterator[Tensor]:
-    """Scale features, or the weight where it is smaller, and project, one by one."""
-    if _is_tall(active, scale, weight):
-        scaled = weight * scale[0]
-        return (linear(a, scaled, bias) for a in active)
-    return (linear(a.mul_(scale), weight, bias) for a in active)
-
-
-def _project_back(
-    grads: list[Tensor],
-    active: list[Tensor],
-    scale: Tensor,
-    weight: Tensor,
-    grad_weight: Tensor | None,
-    of_weight: bool,
-) -> tuple[list[Tensor], Tensor, Tensor | None]:
-    """Return gradients of features under this scale, of the scale, and of the weight.
-
-    The last is added to what there is.
-    """
-    if of_weight and _is_tall(active, scale, weight):
-        # That of the scaled weight holds that of the scale too.
-        product = torch.zeros_like(weight)
-        for g, a in zip(grads, active, strict=True):
-            product = _add_product(product, g, a)
-        grad_scale = (product * weight).sum(0)
-        grad_weight = _add(grad_weight, product.mul_(scale[0]))
-        scaled = (weight * scale[0]).t()
-        return [linear(g, scaled) for g in grads], grad_scale, grad_weight
-    for g, a in zip(grads, active, strict=True) if of_weight else ():
-        grad_weight = _add_product(grad_weight, g, a * scale)
-    inner = [linear(g, weight.t()) for g in grads]
-    grad_scale = total(map(sum_of_products, active, inner))
-    return [g.mul_(scale) for g in inner], grad_scale, grad_weight
-
-
-def _is_tall(active: list[Tensor], scale: Tensor, weight: Tensor) -> bool:
-    """Tell whether features are of one picture, and far more than weights."""
-    positions = sum(a.shape[1] for a in active)
-    return len(scale) == 1 and positions >= _TALL * len(weight)
 
 
 def _groups(x: Tensor, wide: int) -> Iterator[tuple[slice, list[tuple[slice, slice]]]]:
@@ -186,10 +139,6 @@ def _slices(count: int, size: int) -> Iterator[slice]:
     """Cut into equal slices of ``size`` at most, of which the last may be shorter."""
     size = math.ceil(count / math.ceil(count / max(size, 1)))
     return (slice(i, min(i + size, count)) for i in range(0, count, size))
-
-
-def _add(sums: Tensor | None, more: Tensor) -> Tensor:
-    return more if sums is None else sums.add_(more)
 
 
 def _add_product(sums: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
