@@ -164,7 +164,7 @@ def test_backbone(figures: Callable) -> None:
         assert [row['backbone'] for row in rows[::2]] == ['ours', *present]
         ours = min(row['seconds'] for row in rows[:2])
         for plain, last in zip(rows[::2], rows[1::2], strict=True):
-            assert [plain['format'], last['format']] == ['plain', 'channels_last']
+            assert [plain['form'], last['form']] == ['plain', 'channels_last']
             best = min(plain, last, key=lambda row: row['seconds'])
             assert best['counts'] == 'yes'
             for row in (plain, last):

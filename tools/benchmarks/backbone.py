@@ -2,8 +2,8 @@
 
 All have the same weights and return the maps of the four stages, normalised, as
 detectors take them; that they are the same is checked. A step of training is forward
-and backward. Each library runs in plain memory order and as channels last, and the
-quicker one counts.
+and backward. Each library runs in plain memory order and as channels last, or in the
+given --forms, and the quickest counts.
 """
 
 import argparse
@@ -27,11 +27,16 @@ from mmcnv2.benchmarks.timing import (
 MODES: dict[str, tuple[int, list[int]]] = dict(
     training=(8, [224]), inference=(1, [800, 1216])
 )
-FORMATS = dict(plain=torch.contiguous_format, channels_last=torch.channels_last)
+# How the pictures and weights lie in memory.
+FORMS = dict(
+    plain=torch.contiguous_format,
+    channels_last=torch.channels_last,
+    compiled=torch.channels_last,
+)
 COLUMNS = {
     'mode': '{mode}',
     'backbone': '{backbone}',
-    'memory': '{format}',
+    'form': '{form}',
     's (min, max)': '{seconds:.3f} ({fastest:.3f}, {slowest:.3f})',
     'x ours': '{times_ours:.2f}',
     'counts': '{counts}',
@@ -53,6 +58,13 @@ def parse_args() -> argparse.Namespace:
         'pictures of 224 in training, and one of 800 1216 at inference',
     )
     parser.add_argument('--modes', choices=MODES, nargs='+', default=list(MODES))
+    parser.add_argument(
+        '--forms',
+        choices=FORMS,
+        nargs='+',
+        default=['plain', 'channels_last'],
+        help='compiled is channels last, by torch.compile, which takes minutes',
+    )
     return parser.parse_args()
 
 
@@ -66,23 +78,24 @@ def draw_pictures(mode: str, args: argparse.Namespace) -> Tensor:
 def contender(
     mode: str, name: str, form: str, model: nn.Module, args: argparse.Namespace
 ) -> Contender:
-    layout = FORMATS[form]
+    layout = FORMS[form]
     model = deepcopy(model).to(memory_format=layout)
     model.train(mode == 'training')
+    run = torch.compile(model) if form == 'compiled' else model
     pictures = draw_pictures(mode, args).contiguous(memory_format=layout)
 
     def train() -> None:
         with autocast(args):
-            maps = model(pictures)
+            maps = run(pictures)
         sum(each.float().square().mean() for each in maps).backward()
 
     @torch.no_grad()
     def infer() -> None:
         with autocast(args):
-            model(pictures)
+            run(pictures)
 
     step = train if mode == 'training' else infer
-    return Contender(dict(mode=mode, backbone=name, format=form), step, model)
+    return Contender(dict(mode=mode, backbone=name, form=form), step, model)
 
 
 @torch.no_grad()
@@ -125,7 +138,7 @@ def main() -> None:
         contenders = [
             contender(mode, name, form, model, args)
             for name, model in backbones.items()
-            for form in FORMATS
+            for form in args.forms
         ]
         measure(contenders, args.rounds, args.device)
         rows += rows_of(contenders)
