@@ -1,4 +1,4 @@
-"""Puts what OpenMMLab's tools look for beside the code into ``mmcnv2/.mim``.
+"""Compiles the kernels, and puts what OpenMMLab's tools look for into ``mmcnv2/.mim``.
 
 Metadata and dependencies are in setup.cfg.
 """
@@ -6,7 +6,7 @@ Metadata and dependencies are in setup.cfg.
 import shutil
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
@@ -36,4 +36,15 @@ class BuildPyWithMim(build_py):
                 shutil.copy2(ROOT / name, mim / name)
 
 
-setup(cmdclass={'build_py': BuildPyWithMim})
+# A library of plain functions, which mmcnv2/models/kernels loads. Where it cannot be
+# compiled the install goes on: PyTorch's own operations take its place.
+KERNELS = Extension(
+    'mmcnv2.models.kernels._compiled',
+    sources=['mmcnv2/models/kernels/depthwise.cpp', 'mmcnv2/models/kernels/gelu.cpp'],
+    depends=['mmcnv2/models/kernels/lanes.h'],
+    extra_compile_args=['-std=c++17', '-O3', '-fopenmp', '-ffp-contract=fast', '-Wno-psabi'],
+    extra_link_args=['-fopenmp'],
+    optional=True,
+)
+
+setup(cmdclass={'build_py': BuildPyWithMim}, ext_modules=[KERNELS])

@@ -1,38 +1,43 @@
-"""Depthwise convolution, of which CPUs compute the gradient of the weights quickly."""
-
-from collections.abc import Iterator
+"""Depthwise convolution of pictures that are given as tiles, by kernels for CPUs."""
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.autograd.function import once_differentiable
 
-from .shortcuts import has_onednn, is_traced
+from . import kernels
+from .shortcuts import is_observed
+from .tiles import Tiles
 
-# Larger pictures are cut into parts of this side: kernels of that size are quickest.
-_PART = 64
 
-
-class DepthwiseConv2d(nn.Conv2d):
-    """Convolve each channel by itself, at stride 1, keeping the size.
-
-    Everything is nn.Conv2d's, but for the gradients on CPUs: those of oneDNN for the
-    weights take several times as long as the convolution itself.
+def is_quicker_by_tiles(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Tell whether :func:`convolve_tiles` can take the place of a block's convolution.
 
     Args:
-        dim (int): Number of channels.
-        kernel_size (int): Side of the kernel, odd. Defaults to 7.
+        conv (nn.Conv2d): The convolution.
+        x (Tensor): Features, ``(N, ..., C)``.
+
+    Returns:
+        bool: Whether there is a kernel for it, and nobody would miss its call.
     """
+    # Others may have been put in its place.
+    ours = type(conv) is nn.Conv2d and conv.kernel_size == (7, 7)
+    known = torch.float32, torch.bfloat16
+    fits = kernels.fit(x, *known) and _dtype_of(x) in known
+    return fits and ours and conv.bias is not None and not is_observed(conv)
 
-    bias: Tensor
 
-    def __init__(self, dim: int, kernel_size: int = 7) -> None:
-        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
+def convolve_tiles(conv: nn.Conv2d, x: Tensor, tiles: Tiles) -> Tensor:
+    """Convolve each channel with its neighbourhood, 7 x 7, at the positions of ``x``.
 
-    def _conv_forward(self, x, weight, bias) -> Tensor:
-        # Whoever traces the module wants to see an ordinary convolution.
-        if is_traced() or x.device.type != 'cpu' or not torch.is_grad_enabled():
-            return super()._conv_forward(x, weight, bias)
-        return _DepthwiseConv.apply(*autocast(x, weight, bias))
+    Args:
+        conv (nn.Conv2d): The convolution.
+        x (Tensor): Features, ``(N, ..., C)``.
+        tiles (Tiles): How their positions lie in pictures.
+
+    Returns:
+        Tensor: Features of the same shape.
+    """
+    return _ConvolveTiles.apply(*autocast(x, conv.weight, conv.bias), tiles)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -45,91 +50,38 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         tuple[Tensor, ...]: The same in one dtype: autocast's if it is on, or else that
         of the input.
     """
-    device, dtype = tensors[0].device.type, tensors[0].dtype
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    return tuple(tensor.to(dtype) for tensor in tensors)
+    return tuple(tensor.to(_dtype_of(tensors[0])) for tensor in tensors)
 
 
-class _DepthwiseConv(torch.autograd.Function):
+def _dtype_of(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    autocasts = torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocasts else x.dtype
+
+
+class _ConvolveTiles(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, tiles: Tiles) -> Tensor:
         ctx.save_for_backward(x, weight)
-        padding = weight.shape[-1] // 2
-        return functional.conv2d(x, weight, bias, padding=padding, groups=len(weight))
+        ctx.tiles = tiles
+        return kernels.convolve(x, _taps(weight), bias.float(), tiles)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        of_x, of_weight, of_bias = ctx.needs_input_grad
-        margin = weight.shape[-1] // 2
-        return (
-            input_gradient(grad, weight, padding=margin) if of_x else None,
-            weight_gradient(grad, pad(x, margin), weight) if of_weight else None,
-            grad.sum((0, 2, 3)) if of_bias else None,
-        )
+        (x, weight), tiles = ctx.saved_tensors, ctx.tiles
+        of_x, of_weight, of_bias, _ = ctx.needs_input_grad
+        grad_x = grad_weight = grad_bias = None
+        if of_x:
+            # It is such a convolution too, with the kernel turned.
+            grad_x = kernels.convolve(grad, _taps(weight).flip(0), None, tiles)
+        if of_weight or of_bias:
+            taps, grad_bias = kernels.sum_gradients(x, grad, tiles)
+            grad_weight = taps.t().reshape(weight.shape).to(weight.dtype)
+            grad_bias = grad_bias.to(weight.dtype)
+        return grad_x, grad_weight, grad_bias, None
 
 
-def pad(x: Tensor, margin: int) -> Tensor:
-    """Pad ``(N, C, H, W)`` with zeros, as channels last."""
-    last = x.permute(0, 2, 3, 1)
-    padded = functional.pad(last, (0, 0, margin, margin, margin, margin))
-    return padded.permute(0, 3, 1, 2)
-
-
-def input_gradient(grad: Tensor, weight: Tensor, padding: int) -> Tensor:
-    """Compute that of a depthwise convolution, which is one too, of stride 1.
-
-    Args:
-        grad (Tensor): Gradient of its output, ``(N, C, H, W)``.
-        weight (Tensor): Its weight, ``(C, 1, K, K)``.
-        padding (int): Zeros to put around ``grad``: ``K // 2`` of them keep the size.
-            Defaults to 0.
-
-    Returns:
-        Tensor: ``(N, C, H + 2 * padding - K + 1, W + 2 * padding - K + 1)``.
-    """
-    turned = weight.flip(2, 3)
-    return functional.conv2d(grad, turned, padding=padding, groups=len(weight))
-
-
-def weight_gradient(grad: Tensor, padded: Tensor, weight: Tensor) -> Tensor:
-    """Compute that of a depthwise convolution.
-
-    Args:
-        grad (Tensor): Gradient of its output, ``(N, C, H, W)``.
-        padded (Tensor): Its input with what was padded,
-            ``(N, C, H + K - 1, W + K - 1)``, channels last.
-        weight (Tensor): Its weight, ``(C, 1, K, K)``.
-
-    Returns:
-        Tensor: Shape and dtype of ``weight``.
-    """
-    if grad.dtype not in (torch.float32, torch.bfloat16) or not has_onednn(grad):
-        return torch.nn.grad.conv2d_weight(
-            padded, weight.shape, grad, groups=len(weight)
-        )
-    # Each picture is convolved with the gradient of its output for a kernel, which is
-    # what this gradient is, and oneDNN is quick at it.
-    total = grad.new_zeros(1, dtype=torch.float32)
-    # Kernels in plain order: turned all at once, and not one by one in convolutions.
-    kernels = grad.contiguous()
-    # A batch of one, which by its strides still counts as channels last.
-    for picture, kernel in zip(padded.split(1), kernels, strict=True):
-        for window, part in _parts(picture, kernel, weight.shape[-1]):
-            out = functional.conv2d(window, part[:, None], groups=len(part))
-            total = total + out
-    return total.to(grad.dtype).transpose(0, 1)
-
-
-def _parts(
-    picture: Tensor, kernel: Tensor, size: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cut a kernel into parts, each with the window of the picture that it sees."""
-    height, width = kernel.shape[1:]
-    for i in range(0, height, _PART):
-        for j in range(0, width, _PART):
-            part = kernel[:, i : i + _PART, j : j + _PART]
-            rows, columns = (side + size - 1 for side in part.shape[1:])
-            yield picture[..., i : i + rows, j : j + columns], part
+def _taps(weight: Tensor) -> Tensor:
+    """Return the kernel ``(C, 1, 7, 7)`` as ``(49, C)``."""
+    return weight.flatten(1).t().float()

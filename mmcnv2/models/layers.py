@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-from .depthwise import DepthwiseConv2d
 from .grn import GRN
 from .layouts import Layout
 from .mlp import expand_and_project, is_quicker_by_parts
@@ -51,7 +50,7 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, drop_path: float = 0.0, use_grn: bool = True) -> None:
         super().__init__()
-        self.dwconv = DepthwiseConv2d(dim)
+        self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.pwconv1 = nn.Linear(dim, 4 * dim)
         self.act = nn.GELU()

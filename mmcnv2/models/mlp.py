@@ -7,15 +7,11 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import gelu
 
-from .grn import GRN, response, sum_of_products, through_scale, total
+from .gelu import gelu_backward, gelu_products, gelu_squares
+from .grn import GRN, response, through_scale, total
 from .linear import linear
 from .shortcuts import is_traced
-
-# Those that functional has not: in place, and where the gradient goes to be given.
-_gelu_ = torch.ops.aten.gelu_
-_gelu_backward = torch.ops.aten.gelu_backward.grad_input
 
 # Expanded features that are dealt with at a time: what a last-level cache holds.
 _PART = 1 << 22
@@ -81,8 +77,9 @@ class _ExpandAndProject(torch.autograd.Function):
         for pictures, parts in _groups(x, len(weight1)):
             hidden = [linear(x[part], weight1, bias1) for part in parts]
             kept += hidden if keep else []
-            active = [gelu(h) if keep else _gelu_(h) for h in hidden]
-            norms[pictures] = total(map(sum_of_products, active, active)).sqrt_()
+            pairs = [gelu_squares(h, in_place=not keep) for h in hidden]
+            active, squares = zip(*pairs, strict=True)
+            norms[pictures] = total(squares).sqrt_()
             scale = gamma * response(norms[pictures]) + 1
             for part, a in zip(parts, active, strict=True):
                 out[part] = linear(a.mul_(scale), weight2, bias)
@@ -100,22 +97,19 @@ class _ExpandAndProject(torch.autograd.Function):
         remaining = iter(kept)
         for pictures, parts in _groups(x, len(weight1)):
             hidden = list(islice(remaining, len(parts)))
-            active = [gelu(h) for h in hidden]
             grads = [linear(grad[part], weight2.t()) for part in parts]
-            scale = gamma * response(norms[pictures]) + 1
-            grad_scale = total(map(sum_of_products, active, grads))
-            of_gamma, slope = through_scale(grad_scale, gamma, norms[pictures])
+            pairs = list(map(gelu_products, hidden, grads))
+            active, products = zip(*pairs, strict=True)
+            of_gamma, slope = through_scale(total(products), gamma, norms[pictures])
             grad_gamma += of_gamma
+            scale = gamma * response(norms[pictures]) + 1
             for part, h, a, g in zip(parts, hidden, active, grads, strict=True):
-                g.mul_(scale).addcmul_(a, slope)
-                _gelu_backward(g, h, grad_input=g)
+                grad_bias1 += gelu_backward(h, scale, slope, g, a).sum((0, 1))
                 grad_x[part] = linear(g, weight1.t())
                 if of_weight1:
                     grad_weight1 = _add_product(grad_weight1, g, x[part])
                 if of_weight2:
-                    projected = a.mul_(scale)
-                    grad_weight2 = _add_product(grad_weight2, grad[part], projected)
-                grad_bias1 += g.sum((0, 1))
+                    grad_weight2 = _add_product(grad_weight2, grad[part], a)
         if of_weight2:
             grad_weight2.addr_(grad_bias2, beta)
         return (

@@ -1,93 +1,188 @@
-"""The gradients against products of shifted pictures, in float64."""
+"""The kernels for tiles against sums over shifted pictures, in float64."""
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import pad
 
-from mmcnv2.models.depthwise import DepthwiseConv2d
+from mmcnv2.models.depthwise import convolve_tiles, is_quicker_by_tiles
+from mmcnv2.models.tiles import Tiles
 
-# The last one is cut into parts, of which the smallest is narrower than the kernel.
-SIZES = [(1, 4, 7, 7), (3, 5, 1, 2), (2, 6, 9, 17), (2, 3, 66, 131)]
-TOLERANCE = {
-    torch.float64: dict(rtol=1e-12, atol=1e-12),
-    torch.float32: dict(rtol=1e-5, atol=1e-5),
-    torch.bfloat16: dict(rtol=2e-2, atol=2e-2),
-}
-
-
-def shifted_products(x, grad, weight):
-    """Return the gradients of input, weight and bias, each a sum as it is defined."""
-    x, grad, weight = (tensor.double() for tensor in (x, grad, weight))
-    height, width = x.shape[2:]
-    margin = weight.shape[-1] // 2
-    grad_x = pad(torch.zeros_like(x), [margin] * 4)
-    grad_weight = torch.zeros_like(weight)
-    padded = pad(x, [margin] * 4)
-    for i in range(weight.shape[-1]):
-        for j in range(weight.shape[-1]):
-            window = (..., slice(i, i + height), slice(j, j + width))
-            grad_weight[:, 0, i, j] = (padded[window] * grad).sum((0, 2, 3))
-            grad_x[window] += weight[:, 0, i, j, None, None] * grad
-    inner = (..., slice(margin, -margin), slice(margin, -margin))
-    return grad_x[inner], grad_weight, grad.sum((0, 2, 3))
+# Whole tiles, and cut ones; less than a tile; more tiles than are summed in one go.
+SIZES = [(2, 16, 24), (3, 9, 17), (1, 7, 7), (2, 1, 3), (1, 65, 70)]
+# The last one has channels left over by whatever is computed at a time.
+CHANNELS = [8, 64, 40]
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
 
-def random(shape, dtype, memory_format=torch.contiguous_format):
+def shifted_products(x, weight, bias, grad):
+    """Return output and gradients for ``(N, H, W, C)``, each a sum as it is defined."""
+    height, width = x.shape[1:3]
+    padded = pad(x, [0, 0, 3, 3, 3, 3])
+    out = bias.expand_as(x).clone()
+    grad_x, grad_weight = torch.zeros_like(padded), torch.zeros_like(weight)
+    for i in range(7):
+        for j in range(7):
+            window = (slice(None), slice(i, i + height), slice(j, j + width))
+            out += weight[:, 0, i, j] * padded[window]
+            grad_x[window] += weight[:, 0, i, j] * grad
+            grad_weight[:, 0, i, j] = (padded[window] * grad).sum((0, 1, 2))
+    inner = grad_x[:, 3:-3, 3:-3]
+    return out, inner, grad_weight, grad.sum((0, 1, 2))
+
+
+def draw(*shape, dtype=torch.float32):
     generator = torch.Generator().manual_seed(sum(shape))
-    values = torch.randn(shape, generator=generator).to(dtype)
-    return values.to(memory_format=memory_format)
+    return torch.randn(shape, generator=generator).to(dtype)
 
 
-def assert_close(found, expected, **tolerance):
-    scale = expected.abs().max()
-    torch.testing.assert_close(found.double() / scale, expected / scale, **tolerance)
+def convolution(channels, dtype=torch.float32):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
+    return conv.to(dtype)
 
 
-@pytest.mark.parametrize('memory', [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
-@pytest.mark.parametrize('kernel_size', [3, 7])
-@pytest.mark.parametrize('size', SIZES, ids=str)
-def test_gradients(size, kernel_size, dtype, memory):
-    conv = DepthwiseConv2d(size[1], kernel_size).to(dtype)
-    x = random(size, dtype, memory).requires_grad_()
-    grad = random(size, dtype, memory).flip(0)
-    out = conv(x)
-    plain = nn.functional.conv2d(
-        x, *conv.parameters(), padding=kernel_size // 2, groups=size[1]
-    )
-    assert torch.equal(out, plain)
-    inputs = (x, conv.weight, conv.bias)
-    found = torch.autograd.grad(out, inputs, grad)
-    expected = shifted_products(x.detach(), grad, conv.weight.detach())
-    for one, other, tensor in zip(found, expected, inputs, strict=True):
-        assert one.shape == tensor.shape
+def results(conv, x, grad, tiles):
+    x = x.clone().requires_grad_()
+    assert is_quicker_by_tiles(conv, x)
+    out = convolve_tiles(conv, x, tiles)
+    return out, *torch.autograd.grad(out, (x, conv.weight, conv.bias), grad)
+
+
+def assert_close(found, expected, dtype):
+    for one, other in zip(found, expected, strict=True):
         assert one.dtype == dtype
-        assert_close(one, other, **TOLERANCE[dtype])
+        assert one.shape == other.shape
+        apart = (one.double() - other).abs().max()
+        assert apart <= TOLERANCE[dtype] * other.abs().max()
+
+
+@pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
+@pytest.mark.parametrize('channels', CHANNELS)
+@pytest.mark.parametrize('size', SIZES, ids=str)
+def test_pictures(size, channels, dtype):
+    conv = convolution(channels, dtype)
+    x, grad = (draw(*size, channels, dtype=dtype) for _ in range(2))
+    grad = grad.flip(0, 1)
+    found = results(conv, x, grad, Tiles.of_pictures(*size))
+    tensors = (x, conv.weight.detach(), conv.bias.detach(), grad)
+    assert_close(found, shifted_products(*(t.double() for t in tensors)), dtype)
+
+
+def visible_tokens(x, visible, side):
+    """Return the tokens of ``(N, H, W, C)``, one patch after the other."""
+    patches = x.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3)
+    return patches[visible].view(len(x), -1, x.shape[-1])
+
+
+@pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
+@pytest.mark.parametrize('channels', CHANNELS)
+@pytest.mark.parametrize('side', [8, 4, 2, 1])
+def test_patches(side, channels, dtype):
+    conv = convolution(channels, dtype)
+    # 24 of 40 are hidden, in each picture others.
+    order = torch.rand(3, 40, generator=torch.Generator().manual_seed(side)).argsort(1)
+    visible = (order >= 24).view(3, 5, 8)
+    size = (3, 5 * side, 8 * side)
+    seen = visible.repeat_interleave(side, 1).repeat_interleave(side, 2)[..., None]
+    x, grad = (draw(*size, channels, dtype=dtype) * seen for _ in range(2))
+    grad = grad.flip(3)
+
+    tokens = [visible_tokens(each, visible, side) for each in (x, grad)]
+    found = results(conv, *tokens, Tiles.of_patches(visible, side))
+    tensors = (x, conv.weight.detach(), conv.bias.detach(), grad)
+    out, grad_x, *others = shifted_products(*(t.double() for t in tensors))
+    expected = [visible_tokens(each, visible, side) for each in (out, grad_x)]
+    assert_close(found, (*expected, *others), dtype)
+
+
+@pytest.mark.parametrize('size', SIZES, ids=str)
+def test_threads_change_nothing(size):
+    conv, tiles = convolution(24), Tiles.of_pictures(*size)
+    x, grad = draw(*size, 24), draw(*size, 24).flip(0)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(results(conv, x, grad, tiles))
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_memory_in_any_order():
+    conv, tiles = convolution(16), Tiles.of_pictures(2, 9, 10)
+    x = draw(2, 16, 9, 10).permute(0, 2, 3, 1)
+    # A sum's gradient is one number, repeated without memory of its own.
+    grad = torch.ones(()).expand_as(x)
+    found = results(conv, x, grad, tiles)
+    expected = results(conv, x.contiguous(), grad.contiguous(), tiles)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize('wanted', ['x', 'weight', 'bias'])
-def test_nothing_else_is_computed(wanted):
-    conv = DepthwiseConv2d(3)
-    x = random((2, 3, 8, 8), torch.float32)
+def test_nothing_else_is_given_a_gradient(wanted):
+    conv, x = convolution(8), draw(2, 8, 8, 8)
     tensors = dict(x=x, weight=conv.weight, bias=conv.bias)
     for name, tensor in tensors.items():
         tensor.requires_grad_(name == wanted)
-    conv(x).square().sum().backward()
+    convolve_tiles(conv, x, Tiles.of_pictures(2, 8, 8)).square().sum().backward()
     assert [name for name, t in tensors.items() if t.grad is not None] == [wanted]
 
 
 def test_autocast_is_that_of_an_ordinary_convolution():
-    conv = DepthwiseConv2d(3)
-    plain = nn.Conv2d(3, 3, 7, padding=3, groups=3)
-    plain.load_state_dict(conv.state_dict())
-    x = random((2, 3, 9, 9), torch.float32)
+    conv, x = convolution(8), draw(2, 9, 9, 8)
+    outs = []
     with torch.autocast('cpu', torch.bfloat16):
-        outs = [module(x) for module in (conv, plain)]
-    assert outs[0].dtype == torch.bfloat16
-    assert torch.equal(*outs)
+        outs.append(convolve_tiles(conv, x, Tiles.of_pictures(2, 9, 9)))
+        outs.append(conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+    grads = []
     for out in outs:
-        out.float().square().sum().backward()
-    for one, other in zip(conv.parameters(), plain.parameters(), strict=True):
-        assert one.grad.dtype == torch.float32
-        torch.testing.assert_close(one.grad, other.grad, rtol=2e-2, atol=2e-2)
+        assert out.dtype == torch.bfloat16
+        grads.append(
+            torch.autograd.grad(out.float().square().sum(), tuple(conv.parameters()))
+        )
+    torch.testing.assert_close(*outs, rtol=1e-2, atol=1e-2)
+    for one, other in zip(*grads, strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
+
+
+def test_rounding_to_bfloat16_is_torchs_own():
+    # Products with powers of two: exact before they are rounded. Half of the numbers
+    # lie halfway between two of bfloat16.
+    numbers = 1 + torch.arange(-64, 64) / 256
+    special = torch.tensor([float('inf'), -float('inf'), float('nan'), 3.4e38])
+    x = torch.cat([numbers, special]).view(-1, 1, 1, 1).expand(-1, 1, 1, 8)
+    top = x.bfloat16()
+    rest = (x - top.float()).nan_to_num(0, 0, 0).bfloat16()
+    conv = convolution(8, torch.bfloat16)
+    nn.init.zeros_(conv.weight)
+    nn.init.zeros_(conv.bias)
+    conv.weight.data[:, 0, 3, 3:5] = 1
+    pairs = torch.cat([top, rest], dim=2)
+    out = convolve_tiles(conv, pairs, Tiles.of_pictures(*pairs.shape[:3]))
+    expected = (top.float() + rest.float()).bfloat16()
+    torch.testing.assert_close(out[:, :, :1], expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_what_it_is_for():
+    conv, x = convolution(16), draw(1, 8, 8, 16)
+    assert is_quicker_by_tiles(conv, x)
+    assert not is_quicker_by_tiles(convolution(12), draw(1, 8, 8, 12))
+    assert not is_quicker_by_tiles(conv.double(), x.double())
+    conv = convolution(16)
+    assert not is_quicker_by_tiles(conv, x.to('meta'))
+    with torch.autocast('cpu', torch.float16):
+        assert not is_quicker_by_tiles(conv, x)
+    small = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+    assert not is_quicker_by_tiles(small, x)
+
+    class Another(nn.Conv2d):
+        pass
+
+    assert not is_quicker_by_tiles(Another(16, 16, 7, padding=3, groups=16), x)
+    conv.register_forward_hook(lambda *args: None)
+    assert not is_quicker_by_tiles(conv, x)

@@ -5,12 +5,14 @@ import sys
 import pytest
 import torch
 
-from mmcnv2.models import ConvNeXtV2
+from mmcnv2.models import ConvNeXtV2, kernels
 
 from ..conftest import needs_minkowski
 from .masked_reference import masked_encoder, visible_tokens
 
-CUSTOM = dict(depths=(1, 2, 1, 2), dims=(6, 10, 14, 22))
+# Compiled kernels take multiples of eight channels in 32 bits, torch all else.
+CUSTOM = dict(depths=(1, 2, 1, 2), dims=(8, 24, 32, 40))
+ODD = dict(depths=(1, 1, 1, 1), dims=(6, 10, 14, 22))
 TOLERANCE = {
     torch.float32: dict(rtol=1e-3, atol=1e-4),
     torch.float64: dict(rtol=1e-9, atol=1e-10),
@@ -70,6 +72,23 @@ def test_equals_dense_masked(n, size, ratio, dtype, sparse):
     model = encoder(CUSTOM, dtype, sparse=sparse)
     mask = random_mask(n, size[0] // 32, size[1] // 32, ratio)
     check_against_reference(model, torch.randn(n, 3, *size, dtype=dtype), mask)
+
+
+def test_odd_numbers_of_channels_equal_dense_masked():
+    mask = random_mask(2, 3, 4, 0.6)
+    image = torch.randn(2, 3, 96, 128)
+    check_against_reference(encoder(ODD, torch.float32), image, mask)
+
+
+def test_kernels_are_not_needed(monkeypatch):
+    model = encoder(CUSTOM, torch.float32)
+    mask, image = random_mask(2, 3, 4, 0.6), torch.randn(2, 3, 96, 128)
+    expected = model(image, mask), model(image)
+    monkeypatch.setattr(kernels, '_LIBRARY', None)
+    check_against_reference(model, image, mask)
+    for outs, others in zip((model(image, mask), model(image)), expected, strict=True):
+        for out, other in zip(outs, others, strict=True):
+            torch.testing.assert_close(out, other, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize('sparse', SPARSE)
@@ -204,12 +223,13 @@ def test_gradients_may_be_asked_for_twice_and_out_of_turn():
             torch.testing.assert_close(grad(outs, retain_graph=True), other)
 
 
-def test_downsampling_may_be_observed():
+@pytest.mark.parametrize('name', ['downsample_layers.1.1', 'stages.1.0.dwconv'])
+def test_convolutions_may_be_observed(name):
     model, image = encoder(CUSTOM, torch.float32), torch.randn(2, 3, 96, 64)
     mask, seen = random_mask(2, 3, 2, 0.5), []
     expected = model(image, mask)
-    conv = model.downsample_layers[1][1]
+    conv = model.get_submodule(name)
     conv.register_forward_hook(lambda module, args, out: seen.append(out))
     for out, other in zip(model(image, mask), expected, strict=True):
-        torch.testing.assert_close(out, other)
+        torch.testing.assert_close(out, other, rtol=1e-4, atol=1e-5)
     assert seen[0].shape[1] == CUSTOM['dims'][1]

@@ -9,7 +9,6 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from ..depthwise import DepthwiseConv2d
 from .dense import DenseLayout
 from .minkowski import MinkowskiLayout, import_minkowski_engine
 from .packed import PackedLayout
@@ -29,7 +28,7 @@ class Layout(Protocol):
     def stem(self, conv: nn.Conv2d, image: Tensor) -> Tensor:
         """Cut pictures ``(N, C, H, W)`` into cells side by side: ``(N, ..., C1)``."""
 
-    def depthwise(self, conv: DepthwiseConv2d, x: Tensor) -> Tensor:
+    def depthwise(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
         """Convolve each channel with its neighbourhood, at the positions of ``x``."""
 
     def downsample(self, conv: nn.Conv2d, x: Tensor) -> Tensor:

@@ -2,6 +2,9 @@
 
 from torch import Tensor, nn
 
+from ..depthwise import convolve_tiles, is_quicker_by_tiles
+from ..tiles import Tiles
+
 
 class DenseLayout:
     """Every pixel is there: positions are ``(H, W)``, and convolutions are ordinary.
@@ -10,14 +13,22 @@ class DenseLayout:
     block copies its input or output.
     """
 
+    def __init__(self) -> None:
+        self._tiles: dict[tuple[int, ...], Tiles] = {}
+
     def stem(self, conv: nn.Conv2d, image: Tensor) -> Tensor:
         return conv(image).permute(0, 2, 3, 1)
 
     def depthwise(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
-        return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        if not is_quicker_by_tiles(conv, x):
+            return self.downsample(conv, x)
+        size = tuple(x.shape[:3])
+        if size not in self._tiles:
+            self._tiles[size] = Tiles.of_pictures(*size)
+        return convolve_tiles(conv, x, self._tiles[size])
 
-    # The stride is the convolution's own: to a dense picture it is the same operation.
-    downsample = depthwise
+    def downsample(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
+        return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
     def output(self, x: Tensor) -> Tensor:
         """Return ``(N, C, H, W)`` in plain memory order.

@@ -4,10 +4,12 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from ..depthwise import DepthwiseConv2d, autocast, input_gradient, weight_gradient
+from ..depthwise import autocast, convolve_tiles, is_quicker_by_tiles
 from ..shortcuts import is_observed
+from ..tiles import Tiles
 
 
 class PackedLayout:
@@ -36,26 +38,25 @@ class PackedLayout:
                 'a mask hides equally many patches of each picture, but the numbers '
                 f'of visible ones are {counts.tolist()}'
             )
-        self.grid = mask.shape
+        self.visible = visible
         self.patches = visible.flatten().nonzero().squeeze(1)
-        self._pictures: dict[str, tuple[Tensor, tuple[int, ...]]] = {}
-        self._tables: dict[tuple[int, int], Tensor] = {}
-        self._lines_by_side: dict[int, Tensor] = {}
+        self._tiles_by_side: dict[int, Tiles] = {}
+        self._tables: dict[int, Tensor] = {}
 
     def stem(self, conv: nn.Conv2d, image: Tensor) -> Tensor:
-        _, h, w = self.grid
+        _, h, w = self.visible.shape
         patches = image.unflatten(3, (w, -1)).unflatten(2, (h, -1))
         # (N * patches, C, patch size, patch size)
         visible = patches.permute(0, 2, 4, 1, 3, 5)[self._places()]
-        tokens = self._tokens(conv(visible))
-        if tokens.requires_grad:
-            # By then no block needs them any more.
-            tokens.register_hook(lambda _: self._pictures.clear())
-        return tokens
+        return self._tokens(conv(visible))
 
-    def depthwise(self, conv: DepthwiseConv2d, x: Tensor) -> Tensor:
+    def depthwise(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
+        if is_quicker_by_tiles(conv, x):
+            return convolve_tiles(conv, x, self._tiles(self._side(x)))
+        if is_observed(conv):
+            return self.pick(conv(self.fill(x)), x)
         tensors = autocast(x, conv.weight, conv.bias)
-        return _VisibleDepthwise.apply(*tensors, self)
+        return _ConvolveInPictures.apply(*tensors, self)
 
     def downsample(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
         """Convolve squares that do not overlap: a product of matrices."""
@@ -74,107 +75,76 @@ class PackedLayout:
 
     def _places(self) -> tuple[Tensor, Tensor, Tensor]:
         """Picture, row and column of each visible patch."""
-        _, h, w = self.grid
+        _, h, w = self.visible.shape
         return self.patches // (h * w), self.patches // w % h, self.patches % w
+
+    def _tiles(self, side: int) -> Tiles:
+        """How tokens lie at a stage, whose blocks share it."""
+        if side not in self._tiles_by_side:
+            self._tiles_by_side[side] = Tiles.of_patches(self.visible, side)
+        return self._tiles_by_side[side]
 
     def _tokens(self, tiles: Tensor) -> Tensor:
         """Turn ``(N * patches, C, side, side)`` into ``(N, T, C)``."""
         channels = tiles.shape[1]
-        return tiles.permute(0, 2, 3, 1).reshape(self.grid[0], -1, channels)
+        return tiles.permute(0, 2, 3, 1).reshape(len(self.visible), -1, channels)
 
     def _side(self, x: Tensor) -> int:
         """Positions along the side of a tile."""
         return math.isqrt(x.shape[0] * x.shape[1] // len(self.patches))
 
-    def fill(self, x: Tensor, margin: int, name: str) -> Tensor:
-        """Put tokens into pictures that are empty elsewhere, with a margin around them.
-
-        Args:
-            x (Tensor): Tokens, ``(N, T, C)``.
-            margin (int): Width of the margin.
-            name (str): Of the memory to use, which the next call with this name uses
-                again.
-
-        Returns:
-            Tensor: ``(N, C, H + 2 * margin, W + 2 * margin)``, channels last.
-        """
-        side, (n, h, w) = self._side(x), self.grid
-        size = (n, h * side + 2 * margin, w * side + 2 * margin, x.shape[-1])
-        picture = self._empty(name, size, x)
-        picture.flatten(0, 2).index_copy_(0, self._table(side, margin), x.flatten(0, 1))
-        return picture.permute(0, 3, 1, 2)
-
-    def _empty(self, name: str, size: tuple[int, ...], x: Tensor) -> Tensor:
-        """Give a picture that is zero where no token will be put.
-
-        Stages share its memory if it suffices: fresh memory is slower.
-        """
-        memory, last = self._pictures.get(name, (None, None))
-        count = math.prod(size)
-        if memory is None or memory.numel() < count or memory.dtype != x.dtype:
-            memory = x.new_zeros(count)
-        elif last != size:
-            memory[:count].zero_()
-        self._pictures[name] = memory, size
-        return memory[:count].view(size)
+    def fill(self, x: Tensor) -> Tensor:
+        """Put tokens ``(N, T, C)`` into pictures ``(N, C, H, W)``, empty elsewhere."""
+        # A row of a tile is contiguous in the picture too, so whole rows are moved.
+        side, (n, h, w) = self._side(x), self.visible.shape
+        lines = x.new_zeros(n * h * side * w, side * x.shape[-1])
+        lines.index_copy_(0, self._table(side), x.reshape(-1, lines.shape[1]))
+        return lines.view(n, h * side, w * side, -1).permute(0, 3, 1, 2)
 
     def pick(self, pictures: Tensor, x: Tensor) -> Tensor:
         """Take tokens, as many as in ``x``, out of pictures ``(N, C, H, W)``."""
-        # A row of a tile is contiguous in the picture too, so whole rows are moved.
         side = self._side(x)
         lines = pictures.permute(0, 2, 3, 1).reshape(-1, side * x.shape[-1])
-        return lines.index_select(0, self._lines(side)).view(x.shape)
+        return lines.index_select(0, self._table(side)).view(x.shape)
 
-    def _lines(self, side: int) -> Tensor:
-        """Where the lines of tiles lie among all such lines of the pictures."""
-        if side not in self._lines_by_side:
-            self._lines_by_side[side] = self._table(side, 0)[::side] // side
-        return self._lines_by_side[side]
-
-    def _table(self, side: int, margin: int) -> Tensor:
-        """Where tokens lie among the positions of all pictures.
+    def _table(self, side: int) -> Tensor:
+        """Where the rows of tiles lie among all such rows of the pictures.
 
         All blocks of a stage share it.
         """
-        if (side, margin) not in self._tables:
-            _, h, w = self.grid
-            picture, row, column = (p[:, None, None] for p in self._places())
+        if side not in self._tables:
+            _, h, w = self.visible.shape
+            picture, row, column = (place[:, None] for place in self._places())
             within = torch.arange(side, device=self.patches.device)
-            y = picture * (h * side + 2 * margin) + margin + row * side
-            y = y + within[:, None]
-            x = margin + column * side + within
-            table = y * (w * side + 2 * margin) + x
-            self._tables[side, margin] = table.flatten()
-        return self._tables[side, margin]
+            y = (picture * h + row) * side + within
+            self._tables[side] = (y * w + column).flatten()
+        return self._tables[side]
 
 
-class _VisibleDepthwise(torch.autograd.Function):
-    """Depthwise convolution of visible tokens in an otherwise empty picture.
+class _ConvolveInPictures(torch.autograd.Function):
+    """Depthwise convolution of visible tokens in otherwise empty pictures.
 
-    Only the tokens are kept for the backward pass; the picture is filled again.
+    Only the tokens are kept for the backward pass; the pictures are filled again.
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, layout):
         ctx.save_for_backward(x, weight)
         ctx.layout = layout
-        pictures = layout.fill(x, weight.shape[-1] // 2, 'features')
-        out = functional.conv2d(pictures, weight, bias, groups=len(weight))
+        padding, groups = weight.shape[-1] // 2, len(weight)
+        pictures = layout.fill(x)
+        out = functional.conv2d(pictures, weight, bias, padding=padding, groups=groups)
         return layout.pick(out, x)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad):
         (x, weight), layout = ctx.saved_tensors, ctx.layout
-        of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
-        margin = weight.shape[-1] // 2
-        grads = layout.fill(grad, 0, 'gradients')
-        grad_x = grad_weight = None
-        if of_x:
-            grad_x = layout.pick(input_gradient(grads, weight, padding=margin), x)
-        if of_weight:
-            pictures = layout.fill(x, margin, 'features')
-            grad_weight = weight_gradient(grads, pictures, weight)
-        # Of the tokens alone, which is much quicker than oneDNN's of the picture.
-        grad_bias = grad.sum((0, 1)) if of_bias else None
+        tensors = layout.fill(grad), layout.fill(x), weight
+        ones, margin = [1, 1], [weight.shape[-1] // 2] * 2
+        geometry = ones, margin, ones, False, [0, 0], len(weight)
+        grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            *tensors, [len(weight)], *geometry, ctx.needs_input_grad[:3]
+        )
+        grad_x = None if grad_x is None else layout.pick(grad_x, x)
         return grad_x, grad_weight, grad_bias, None

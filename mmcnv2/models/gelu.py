@@ -1,0 +1,74 @@
+"""GELU and what a block does around it, by one kernel where there is one.
+
+All take contiguous features ``(N, P, C)`` and return sums over positions,
+``(N, 1, C)``.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from . import kernels
+from .grn import sum_of_products
+
+# Those that functional has not: where results go to be given.
+_gelu = torch.ops.aten.gelu.out
+_gelu_backward = torch.ops.aten.gelu_backward.grad_input
+
+
+def gelu_squares(x: Tensor, in_place: bool = False) -> tuple[Tensor, Tensor]:
+    """Compute GELU, and the sums of its squares.
+
+    Args:
+        x (Tensor): Features, ``(N, P, C)``.
+        in_place (bool): Whether GELU takes the place of ``x``. Defaults to False.
+
+    Returns:
+        tuple[Tensor, Tensor]: GELU, and the sums.
+    """
+    active = x if in_place else torch.empty_like(x)
+    if kernels.fit(x, torch.float32):
+        return active, kernels.gelu_squares(x, active)
+    _gelu(x, out=active)
+    return active, sum_of_products(active, active)
+
+
+def gelu_products(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute GELU, and the sums of its products with a gradient.
+
+    Args:
+        x (Tensor): Features, ``(N, P, C)``.
+        grad (Tensor): The gradient, of the same shape.
+
+    Returns:
+        tuple[Tensor, Tensor]: GELU, and the sums.
+    """
+    if kernels.fit(x, torch.float32):
+        active = torch.empty_like(x)
+        return active, kernels.gelu_products(x, grad, active)
+    active = functional.gelu(x)
+    return active, sum_of_products(active, grad)
+
+
+def gelu_backward(
+    x: Tensor, scale: Tensor, slope: Tensor, grad: Tensor, active: Tensor
+) -> Tensor:
+    """Go from the gradient of GELU times a scale to that of what entered GELU.
+
+    Args:
+        x (Tensor): What entered GELU, ``(N, P, C)``.
+        scale (Tensor): ``(N, 1, C)``.
+        slope (Tensor): ``(N, 1, C)``: so much of itself GELU adds to its gradient, by
+            way of the scale.
+        grad (Tensor): The gradient of the scaled, ``(N, P, C)``; becomes that of ``x``.
+        active (Tensor): GELU of ``x``; becomes the scaled.
+
+    Returns:
+        Tensor: The sums of the gradient.
+    """
+    if kernels.fit(x, torch.float32):
+        return kernels.gelu_backward(x, scale, slope, grad, active)
+    grad.mul_(scale).addcmul_(active, slope)
+    _gelu_backward(grad, x, grad_input=grad)
+    active.mul_(scale)
+    return grad.sum(1, keepdim=True)

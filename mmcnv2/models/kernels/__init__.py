@@ -1,0 +1,202 @@
+"""Kernels for CPUs, in C++, which setup.py compiles where there is a compiler.
+
+They are plain functions of a shared library and take tensors by the address of their
+data, so that they fit any version of PyTorch. Where they are absent, or do not fit a
+tensor, PyTorch's own operations compute the same.
+"""
+
+import warnings
+from ctypes import CDLL, Structure, byref, c_int, c_int64, c_void_p
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..shortcuts import is_traced
+from ..tiles import Tiles
+
+_LANES = 8  # channels that are computed at a time
+_GROUP = 2048  # positions whose gradients are summed in one go
+
+
+def _load() -> CDLL | None:
+    path = Path(__file__).with_name(f'_compiled{EXTENSION_SUFFIXES[0]}')
+    if not path.exists():
+        return None
+    try:
+        return CDLL(str(path))
+    except OSError as error:
+        warnings.warn(
+            f'the kernels of mmcnv2 do not load, and CPUs are slower without: {error}. '
+            'Install mmcnv2 anew, which compiles them for this machine',
+            stacklevel=2,
+        )
+        return None
+
+
+_LIBRARY = _load()
+
+
+class _Tiles(Structure):
+    """``Tiles`` of depthwise.cpp."""
+
+    _fields_ = (
+        ('side', c_int64),
+        ('near', c_void_p),
+        ('origin', c_void_p),
+        ('extent', c_void_p),
+        ('count', c_int64),
+        ('row', c_int64),
+        ('channels', c_int64),
+        ('group', c_int64),
+    )
+
+
+def are_compiled() -> bool:
+    """Tell whether there are any.
+
+    Returns:
+        bool: Whether setup.py could compile them here, and they load.
+    """
+    return _LIBRARY is not None
+
+
+def fit(x: Tensor, *dtypes: torch.dtype) -> bool:
+    """Tell whether kernels compute on a tensor.
+
+    Args:
+        x (Tensor): Features, ``(..., C)``.
+        *dtypes (torch.dtype): Those that the kernel is for.
+
+    Returns:
+        bool: Whether there are kernels, and ``x`` is ordinary memory of a CPU, in one
+        of the dtypes, with channels that are a multiple of 8. Never while a model is
+        traced or compiled.
+    """
+    # Subclasses may have no memory of their own, or not all of it.
+    ordinary = type(x) in (Tensor, nn.Parameter) and x.device.type == 'cpu'
+    known = x.dtype in dtypes and x.shape[-1] % _LANES == 0
+    return _LIBRARY is not None and ordinary and known and not is_traced()
+
+
+def convolve(x: Tensor, taps: Tensor, bias: Tensor | None, tiles: Tiles) -> Tensor:
+    """Convolve each channel of tiles by itself with a kernel of 7 x 7.
+
+    Args:
+        x (Tensor): Features, ``(N, ..., C)``, in float32 or bfloat16.
+        taps (Tensor): The kernel, ``(49, C)``, in float32.
+        bias (Tensor, optional): ``(C,)``, in float32.
+        tiles (Tiles): How the positions of ``x`` lie in pictures.
+
+    Returns:
+        Tensor: Of shape and dtype of ``x``.
+    """
+    x, taps = x.contiguous(), taps.contiguous()
+    out = torch.empty_like(x)
+    _run('convolve', x, _describe(tiles, x), x, taps, bias, out)
+    return out
+
+
+def sum_gradients(x: Tensor, grad: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
+    """Compute the gradients of that kernel and its bias.
+
+    Args:
+        x (Tensor): Features, ``(N, ..., C)``, in float32 or bfloat16.
+        grad (Tensor): Gradient of the output, of the same shape and dtype.
+        tiles (Tiles): How their positions lie in pictures.
+
+    Returns:
+        tuple[Tensor, Tensor]: Those of the kernel, ``(49, C)``, and of the bias,
+        ``(C,)``, in float32.
+    """
+    x, grad = x.contiguous(), grad.contiguous()
+    described = _describe(tiles, x)
+    groups = -(-described.count // described.group)
+    sums = x.new_zeros(groups, 50, x.shape[-1], dtype=torch.float32)
+    _run('sum_gradients', x, described, x, grad, sums)
+    whole = sums.sum(0)
+    return whole[:-1], whole[-1]
+
+
+def _describe(tiles: Tiles, x: Tensor) -> _Tiles:
+    return _Tiles(
+        tiles.side,
+        tiles.near.data_ptr(),
+        tiles.origin.data_ptr(),
+        None if tiles.extent is None else tiles.extent.data_ptr(),
+        len(tiles.near),
+        tiles.row,
+        x.shape[-1],
+        max(_GROUP // tiles.side**2, 1),
+    )
+
+
+def _run(name: str, x: Tensor, tiles: _Tiles, *tensors: Tensor | None) -> None:
+    """Call a function of depthwise.cpp for the dtype of ``x``."""
+    dtype = str(x.dtype).removeprefix('torch.')
+    kernel = getattr(_LIBRARY, f'{name}_{dtype}')
+    kernel(byref(tiles), *map(_address, tensors), c_int(torch.get_num_threads()))
+
+
+def gelu_squares(x: Tensor, out: Tensor) -> Tensor:
+    """Compute GELU, and the sums of its squares.
+
+    Args:
+        x (Tensor): Features, ``(N, P, C)``, in float32.
+        out (Tensor): Where GELU goes, which may be ``x`` itself.
+
+    Returns:
+        Tensor: The sums over positions, ``(N, 1, C)``.
+    """
+    sums = x.new_zeros(len(x), 1, x.shape[-1])
+    _run_gelu('gelu_squares', x, out, sums)
+    return sums
+
+
+def gelu_products(x: Tensor, grad: Tensor, out: Tensor) -> Tensor:
+    """Compute GELU, and the sums of its products with a gradient.
+
+    Args:
+        x (Tensor): Features, ``(N, P, C)``, in float32.
+        grad (Tensor): The gradient, of the same shape.
+        out (Tensor): Where GELU goes.
+
+    Returns:
+        Tensor: The sums over positions, ``(N, 1, C)``.
+    """
+    sums = x.new_zeros(len(x), 1, x.shape[-1])
+    _run_gelu('gelu_products', x, grad, out, sums)
+    return sums
+
+
+def gelu_backward(
+    x: Tensor, scale: Tensor, slope: Tensor, grad: Tensor, active: Tensor
+) -> Tensor:
+    """Go from the gradient of GELU times a scale to that of what entered GELU.
+
+    Args:
+        x (Tensor): What entered GELU, ``(N, P, C)``, in float32.
+        scale (Tensor): ``(N, 1, C)``.
+        slope (Tensor): ``(N, 1, C)``: so much of itself GELU adds to its gradient, by
+            way of the scale.
+        grad (Tensor): The gradient of the scaled, ``(N, P, C)``; becomes that of ``x``.
+        active (Tensor): GELU of ``x``; becomes the scaled.
+
+    Returns:
+        Tensor: The sums of the gradient over positions, ``(N, 1, C)``.
+    """
+    sums = x.new_zeros(len(x), 1, x.shape[-1])
+    _run_gelu('gelu_backward', x, scale, slope, grad, active, sums)
+    return sums
+
+
+def _run_gelu(name: str, x: Tensor, *tensors: Tensor) -> None:
+    """Call a function of gelu.cpp; all its tensors are contiguous."""
+    shape = map(c_int64, x.shape)
+    threads = c_int(torch.get_num_threads())
+    getattr(_LIBRARY, name)(*shape, *map(_address, (x, *tensors)), threads)
+
+
+def _address(tensor: Tensor | None) -> c_void_p | None:
+    return None if tensor is None else c_void_p(tensor.data_ptr())
