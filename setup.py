@@ -42,7 +42,13 @@ KERNELS = Extension(
     'mmcnv2.models.kernels._compiled',
     sources=['mmcnv2/models/kernels/depthwise.cpp', 'mmcnv2/models/kernels/gelu.cpp'],
     depends=['mmcnv2/models/kernels/lanes.h'],
-    extra_compile_args=['-std=c++17', '-O3', '-fopenmp', '-ffp-contract=fast', '-Wno-psabi'],
+    extra_compile_args=[
+        '-std=c++17',
+        '-O3',
+        '-fopenmp',
+        '-ffp-contract=fast',
+        '-Wno-psabi',
+    ],
     extra_link_args=['-fopenmp'],
     optional=True,
 )

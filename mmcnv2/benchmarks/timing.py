@@ -16,7 +16,7 @@ import torch
 from mmengine.device import get_device
 from torch import Tensor, nn
 
-from ..models import ARCHITECTURES
+from ..models import ARCHITECTURES, kernels
 
 DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16)
 
@@ -232,6 +232,7 @@ def describe_machine(device: str) -> dict[str, Any]:
         cores=len(os.sched_getaffinity(0)),
         threads=torch.get_num_threads(),
         kernels=torch.backends.cpu.get_cpu_capability(),
+        own_kernels='compiled' if kernels.are_compiled() else 'absent',
     )
     if torch.device(device).type == 'cuda':
         machine['gpu'] = torch.cuda.get_device_name(device)

@@ -37,20 +37,23 @@ def convolve_tiles(conv: nn.Conv2d, x: Tensor, tiles: Tiles) -> Tensor:
     Returns:
         Tensor: Features of the same shape.
     """
-    return _ConvolveTiles.apply(*autocast(x, conv.weight, conv.bias), tiles)
+    return _ConvolveTiles.apply(*autocast(x, conv), tiles)
 
 
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast what a convolution takes, as autocast does for PyTorch's own.
+def autocast(x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cast what a convolution computes with, as autocast does for PyTorch's own.
 
     Args:
-        *tensors (Tensor): Its input, weight and bias.
+        x (Tensor): Its input.
+        conv (nn.Conv2d): The convolution.
 
     Returns:
-        tuple[Tensor, ...]: The same in one dtype: autocast's if it is on, or else that
-        of the input.
+        tuple[Tensor, Tensor, Tensor | None]: Input, weight and bias in one dtype:
+        autocast's if it is on, or else that of the input.
     """
-    return tuple(tensor.to(_dtype_of(tensors[0])) for tensor in tensors)
+    dtype = _dtype_of(x)
+    bias = None if conv.bias is None else conv.bias.to(dtype)
+    return x.to(dtype), conv.weight.to(dtype), bias
 
 
 def _dtype_of(x: Tensor) -> torch.dtype:

@@ -55,8 +55,7 @@ class PackedLayout:
             return convolve_tiles(conv, x, self._tiles(self._side(x)))
         if is_observed(conv):
             return self.pick(conv(self.fill(x)), x)
-        tensors = autocast(x, conv.weight, conv.bias)
-        return _ConvolveInPictures.apply(*tensors, self)
+        return _ConvolveInPictures.apply(*autocast(x, conv), self)
 
     def downsample(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
         """Convolve squares that do not overlap: a product of matrices."""
