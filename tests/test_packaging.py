@@ -19,13 +19,15 @@ from mmengine.config import Config
 cfg = Config.fromfile('config.py')
 print(cfg.toy, cfg.train_cfg.type)
 """
+COMPILED = 'from mmcnv2.models import kernels; print(kernels.are_compiled())'
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """Copy the checkout, without what earlier builds left in it, and add a config."""
     source = tmp_path / 'source'
-    ignored = shutil.ignore_patterns('.*', 'build', '*.egg-info', 'data', 'work_dirs')
+    left = ('.*', 'build', '*.egg-info', '*.so', 'data', 'work_dirs')
+    ignored = shutil.ignore_patterns(*left)
     shutil.copytree(ROOT, source, ignore=ignored)
     (source / 'configs' / 'toy').mkdir()
     (source / 'configs' / 'toy' / 'base.py').write_text("toy = 'as installed'")
@@ -65,11 +67,16 @@ class Python:
         return self.run('-W', 'ignore', '-c', LOAD).strip()
 
 
+def build_wheel(source: Path, folder: Path, **environment: str) -> Path:
+    build = ['--no-deps', '--no-build-isolation', '--wheel-dir', folder, source]
+    command = [sys.executable, '-m', 'pip', 'wheel', *build]
+    subprocess.run(command, check=True, env=os.environ | environment)
+    [wheel] = folder.iterdir()
+    return wheel
+
+
 def test_wheel(source: Path, tmp_path: Path) -> None:
-    wheels = tmp_path / 'wheels'
-    build = ['--no-deps', '--no-build-isolation', '--wheel-dir', wheels, source]
-    subprocess.run([sys.executable, '-m', 'pip', 'wheel', *build], check=True)
-    [wheel] = wheels.iterdir()
+    wheel = build_wheel(source, tmp_path / 'wheels')
     names = set(ZipFile(wheel).namelist())
     expected = {
         f'mmcnv2/.mim/{path.relative_to(source).as_posix()}'
@@ -84,6 +91,14 @@ def test_wheel(source: Path, tmp_path: Path) -> None:
     python = Python(tmp_path / 'environment')
     python.pip(wheel)
     assert python.load_config() == 'as installed IterBasedTrainLoop'
+    assert python.run('-W', 'ignore', '-c', COMPILED).strip() == 'True'
+
+
+def test_wheel_without_a_compiler(source: Path, tmp_path: Path) -> None:
+    wheel = build_wheel(source, tmp_path / 'wheels', CC='false', CXX='false')
+    python = Python(tmp_path / 'environment')
+    python.pip(wheel)
+    assert python.run('-W', 'ignore', '-c', COMPILED).strip() == 'False'
 
 
 def test_in_place(source: Path, tmp_path: Path) -> None:
@@ -92,6 +107,7 @@ def test_in_place(source: Path, tmp_path: Path) -> None:
     assert python.load_config() == 'as installed IterBasedTrainLoop'
     (source / 'configs' / 'toy' / 'base.py').write_text("toy = 'edited'")
     assert python.load_config() == 'edited IterBasedTrainLoop'
+    assert python.run('-W', 'ignore', '-c', COMPILED).strip() == 'True'
 
 
 def test_ci_runs_the_documented_commands() -> None:

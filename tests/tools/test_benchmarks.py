@@ -59,7 +59,8 @@ def figures(
 
 def check_common(found: dict[str, Any], output: str) -> None:
     machine, rows = found['machine'], found['rows']
-    assert {'cpu', 'flags', 'cores', 'threads', 'kernels', 'own_kernels'} <= set(machine)
+    assert {'cpu', 'flags', 'cores', 'threads', 'kernels'} <= set(machine)
+    assert machine['own_kernels'] == 'compiled'
     assert {'python', 'torch', 'mmcnv2'} <= set(machine['versions'])
     assert found['arguments']['arch'] == 'atto'
     assert f'torch {machine["versions"]["torch"]}' in output
