@@ -118,7 +118,8 @@ FOR_EACH_CPU void run_backward(Shape shape, const float* x, const float* scale,
     const Lanes factor = load(scale + channel);
     const Lanes after = load(grad + place) * factor + was * load(slope + channel);
     // GELU is x times what lies below, so that a quotient gives it back.
-    const Lanes share = value == 0.0f ? all(0.5f) : was / value;
+    const auto tiny = (value < 1e-30f) & (value > -1e-30f);
+    const Lanes share = tiny ? all(0.5f) : was / value;
     const Lanes density = 0.398942280f * power_of_two(-0.721347520f * value * value);
     const Lanes before = after * (share + value * density);
     store(grad + place, before);
