@@ -41,7 +41,7 @@ class BuildPyWithMim(build_py):
 KERNELS = Extension(
     'mmcnv2.models.kernels._compiled',
     sources=['mmcnv2/models/kernels/depthwise.cpp', 'mmcnv2/models/kernels/gelu.cpp'],
-    depends=['mmcnv2/models/kernels/lanes.h'],
+    depends=['mmcnv2/models/kernels/lanes.h', 'setup.py'],
     extra_compile_args=[
         '-std=c++17',
         '-O3',

@@ -85,11 +85,14 @@ class MaskedEncoder(nn.Module):
 
     Args:
         packed: The encoder whose weights it gets.
-        block: Runs a block on ``(N, H, W, C)``, given where the picture is seen.
+        block: Runs a block on ``(N, H, W, C)``, given where the picture is seen, and
+            the layout.
     """
 
     def __init__(
-        self, packed: ConvNeXtV2, block: Callable[[Block, Tensor, Tensor], Tensor]
+        self,
+        packed: ConvNeXtV2,
+        block: Callable[[Block, Tensor, Tensor, DenseLayout], Tensor],
     ) -> None:
         super().__init__()
         self.encoder = deepcopy(packed)
@@ -110,21 +113,21 @@ class MaskedEncoder(nn.Module):
             ]
             x = x * seen
             for block in stage:
-                x = self.block(block, x, seen)
+                x = self.block(block, x, seen, layout)
         return (x.permute(0, 3, 1, 2),)
 
 
-def _block(block: Block, x: Tensor, seen: Tensor) -> Tensor:
+def _block(block: Block, x: Tensor, seen: Tensor, layout: DenseLayout) -> Tensor:
     """Run a block by our own kernels.
 
     With biases at zero, as they start, what is hidden stays zero up to GRN, which does
     not count it then.
     """
-    y = block.norm(DenseLayout().depthwise(block.dwconv, x))
+    y = block.norm(layout.depthwise(block.dwconv, x))
     return (x + block.mlp(y * seen)) * seen
 
 
-def _plain_block(block: Block, x: Tensor, seen: Tensor) -> Tensor:
+def _plain_block(block: Block, x: Tensor, seen: Tensor, layout: DenseLayout) -> Tensor:
     """Run a block by PyTorch's operations alone, as one would write it."""
     conv = block.dwconv
     y = functional.conv2d(

@@ -70,7 +70,7 @@ class ConvNeXtV2(BaseModule):
             picture before they are normalised, and return vectors, as classifiers
             need them. Defaults to False.
         sparse (str): What computes on the visible patches of masked pictures: 'packed',
-            torch alone, or 'minkowski', MinkowskiEngine, with equal results.
+            mmcnv2 itself, or 'minkowski', MinkowskiEngine, with equal results.
             Defaults to 'packed'.
         with_cp (bool): Checkpoint the activations of each block: less memory, more
             time. Defaults to False.

@@ -19,11 +19,30 @@ def is_quicker_by_tiles(conv: nn.Conv2d, x: Tensor) -> bool:
     Returns:
         bool: Whether there is a kernel for it, and nobody would miss its call.
     """
-    # Others may have been put in its place.
-    ours = type(conv) is nn.Conv2d and conv.kernel_size == (7, 7)
+    fits = kernels.fit(x, *conv.parameters()) and is_depthwise(conv, x.shape[-1])
     known = torch.float32, torch.bfloat16
-    fits = kernels.fit(x, *known) and _dtype_of(x) in known
-    return fits and ours and conv.bias is not None and not is_observed(conv)
+    return fits and _dtype_of(x) in known and not is_observed(conv)
+
+
+def is_depthwise(conv: nn.Module, channels: int) -> bool:
+    """Tell whether a block's convolution is as it was built.
+
+    Args:
+        conv (nn.Module): What stands in its place.
+        channels (int): Those of the features.
+
+    Returns:
+        bool: Whether nothing else is, and nobody has changed it.
+    """
+    if type(conv) is not nn.Conv2d or 'forward' in vars(conv) or conv.bias is None:
+        return False
+    geometry = conv.stride, conv.padding, conv.dilation, conv.padding_mode
+    shapes = conv.weight.shape, conv.bias.shape, conv.groups
+    return geometry == ((1, 1), (3, 3), (1, 1), 'zeros') and shapes == (
+        (channels, 1, 7, 7),
+        (channels,),
+        channels,
+    )
 
 
 def convolve_tiles(conv: nn.Conv2d, x: Tensor, tiles: Tiles) -> Tensor:
@@ -40,7 +59,7 @@ def convolve_tiles(conv: nn.Conv2d, x: Tensor, tiles: Tiles) -> Tensor:
     return _ConvolveTiles.apply(*autocast(x, conv), tiles)
 
 
-def autocast(x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Tensor, Tensor | None]:
+def autocast(x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Tensor, Tensor]:
     """Cast what a convolution computes with, as autocast does for PyTorch's own.
 
     Args:
@@ -48,12 +67,11 @@ def autocast(x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Tensor, Tensor | None]
         conv (nn.Conv2d): The convolution.
 
     Returns:
-        tuple[Tensor, Tensor, Tensor | None]: Input, weight and bias in one dtype:
-        autocast's if it is on, or else that of the input.
+        tuple[Tensor, Tensor, Tensor]: Input, weight and bias in one dtype: autocast's
+        if it is on, or else that of the input.
     """
     dtype = _dtype_of(x)
-    bias = None if conv.bias is None else conv.bias.to(dtype)
-    return x.to(dtype), conv.weight.to(dtype), bias
+    return x.to(dtype), conv.weight.to(dtype), conv.bias.to(dtype)
 
 
 def _dtype_of(x: Tensor) -> torch.dtype:

@@ -27,7 +27,7 @@ def gelu_squares(x: Tensor, in_place: bool = False) -> tuple[Tensor, Tensor]:
         tuple[Tensor, Tensor]: GELU, and the sums.
     """
     active = x if in_place else torch.empty_like(x)
-    if kernels.fit(x, torch.float32):
+    if _fits(x):
         return active, kernels.gelu_squares(x, active)
     _gelu(x, out=active)
     return active, sum_of_products(active, active)
@@ -43,7 +43,7 @@ def gelu_products(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         tuple[Tensor, Tensor]: GELU, and the sums.
     """
-    if kernels.fit(x, torch.float32):
+    if _fits(x):
         active = torch.empty_like(x)
         return active, kernels.gelu_products(x, grad, active)
     active = functional.gelu(x)
@@ -66,9 +66,14 @@ def gelu_backward(
     Returns:
         Tensor: The sums of the gradient.
     """
-    if kernels.fit(x, torch.float32):
-        return kernels.gelu_backward(x, scale, slope, grad, active)
+    if _fits(x):
+        factors = scale.to(x.dtype), slope.to(x.dtype)
+        return kernels.gelu_backward(x, *factors, grad, active)
     grad.mul_(scale).addcmul_(active, slope)
     _gelu_backward(grad, x, grad_input=grad)
     active.mul_(scale)
     return grad.sum(1, keepdim=True)
+
+
+def _fits(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and kernels.fit(x)

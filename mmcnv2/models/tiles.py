@@ -1,6 +1,7 @@
 """Pictures as tiles: squares of positions, and who lies around each."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ class Tiles:
             lie within the picture; all of them if it is None.
     """
 
+    SIDES: ClassVar[tuple[int, ...]] = (8, 4, 2, 1)
+
     side: int
     near: Tensor
     origin: Tensor
@@ -43,14 +46,15 @@ class Tiles:
         Returns:
             Tiles: Of features ``(count, height, width, C)``.
         """
-        top, left = torch.arange(0, height, _SIDE), torch.arange(0, width, _SIDE)
-        picture = torch.arange(count)[:, None, None]
+        top = torch.arange(0, height, _SIDE, device='cpu')
+        left = torch.arange(0, width, _SIDE, device='cpu')
+        picture = torch.arange(count, device='cpu')[:, None, None]
         origin = (picture * height + top[:, None]) * width + left
         sizes = (height - top).clamp(max=_SIDE), (width - left).clamp(max=_SIDE)
         extent = torch.cartesian_prod(*sizes).int().repeat(count, 1)
         return cls(
             side=_SIDE,
-            near=_near(torch.ones(origin.shape, dtype=torch.bool), _SIDE),
+            near=_near(torch.ones_like(origin, dtype=torch.bool), _SIDE),
             origin=origin.flatten(),
             row=width,
             extent=extent if height % _SIDE or width % _SIDE else None,
@@ -68,14 +72,16 @@ class Tiles:
             Tiles: Of features ``(N, T, C)``, by patch, row and column.
         """
         near = _near(visible, side)
-        return cls(side, near, origin=torch.arange(len(near)) * side**2, row=side)
+        origin = torch.arange(len(near), device='cpu') * side**2
+        return cls(side, near, origin, row=side)
 
 
 def _near(present: Tensor, side: int) -> Tensor:
     """Number the tiles that are present in ``(N, h, w)`` and list their neighbours."""
     reach = -(-_REACH // side)
-    numbers = torch.full(present.shape, -1, dtype=torch.int32)
-    numbers[present] = torch.arange(int(present.sum()), dtype=torch.int32)
+    numbers = torch.full_like(present, -1, dtype=torch.int32)
+    count = int(present.sum())
+    numbers[present] = torch.arange(count, dtype=torch.int32, device='cpu')
     padded = pad(numbers, [reach] * 4, value=-1)
     width = 2 * reach + 1
     around = padded.unfold(1, width, 1).unfold(2, width, 1)

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.functional import pad
 
 from mmcnv2.models.depthwise import convolve_tiles, is_quicker_by_tiles
+from mmcnv2.models.layouts import DenseLayout, PackedLayout
 from mmcnv2.models.tiles import Tiles
 
 # Whole tiles, and cut ones; less than a tile; more tiles than are summed in one go.
@@ -175,14 +176,47 @@ def test_what_it_is_for():
     assert not is_quicker_by_tiles(conv.double(), x.double())
     conv = convolution(16)
     assert not is_quicker_by_tiles(conv, x.to('meta'))
+    assert not is_quicker_by_tiles(convolution(16).to('meta'), x)
     with torch.autocast('cpu', torch.float16):
         assert not is_quicker_by_tiles(conv, x)
-    small = nn.Conv2d(16, 16, 3, padding=1, groups=16)
-    assert not is_quicker_by_tiles(small, x)
-
-    class Another(nn.Conv2d):
-        pass
-
-    assert not is_quicker_by_tiles(Another(16, 16, 7, padding=3, groups=16), x)
     conv.register_forward_hook(lambda *args: None)
     assert not is_quicker_by_tiles(conv, x)
+
+
+class Another(nn.Conv2d):
+    pass
+
+
+@pytest.mark.parametrize(
+    ('changes', 'kind'),
+    [
+        (dict(kernel_size=3, padding=1), nn.Conv2d),
+        (dict(padding=9, dilation=3), nn.Conv2d),
+        (dict(padding_mode='circular'), nn.Conv2d),
+        (dict(bias=False), nn.Conv2d),
+        (dict(groups=4), nn.Conv2d),
+        (dict(), Another),
+    ],
+    ids=str,
+)
+def test_what_is_put_in_its_place_is_run(changes, kind):
+    kwargs = dict(kernel_size=7, padding=3, groups=16) | changes
+    conv = kind(16, 16, **kwargs)
+    x = draw(1, 8, 8, 16)
+    assert not is_quicker_by_tiles(conv, x)
+    expected = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    assert torch.equal(DenseLayout().depthwise(conv, x), expected)
+    packed = PackedLayout(torch.zeros(1, 1, 1, dtype=torch.bool))
+    tokens = packed.depthwise(conv, x.flatten(1, 2))
+    torch.testing.assert_close(tokens.view_as(x), expected)
+
+
+def test_tables_are_on_the_cpu_wherever_tensors_are_made():
+    conv, x = convolution(16), draw(2, 8, 16, 16)
+    mask = torch.tensor([[[True, False]], [[False, True]]])
+    with torch.device('meta'):
+        for layout, features in (
+            (DenseLayout(), x),
+            (PackedLayout(mask), x[:, :, :8].flatten(1, 2)),
+        ):
+            assert layout.depthwise(conv, features).isfinite().all()

@@ -16,26 +16,31 @@ from torch import Tensor, nn
 from ..shortcuts import is_traced
 from ..tiles import Tiles
 
+_INTERFACE = 1  # of lanes.h
 _LANES = 8  # channels that are computed at a time
 _GROUP = 2048  # positions whose gradients are summed in one go
 
 
-def _load() -> CDLL | None:
-    path = Path(__file__).with_name(f'_compiled{EXTENSION_SUFFIXES[0]}')
+def _load(path: Path) -> CDLL | None:
     if not path.exists():
         return None
     try:
-        return CDLL(str(path))
-    except OSError as error:
-        warnings.warn(
-            f'the kernels of mmcnv2 do not load, and CPUs are slower without: {error}. '
-            'Install mmcnv2 anew, which compiles them for this machine',
-            stacklevel=2,
-        )
-        return None
+        library = CDLL(str(path))
+        if library.mmcnv2_interface() == _INTERFACE:
+            return library
+        problem = 'they are of another version of mmcnv2'
+    except (OSError, AttributeError) as error:
+        problem = str(error)
+    warnings.warn(
+        f'the kernels of mmcnv2 in {path} are not used, and CPUs are slower without: '
+        f'{problem}. Install mmcnv2 anew, which compiles them: '
+        'pip install --no-build-isolation -e .',
+        stacklevel=2,
+    )
+    return None
 
 
-_LIBRARY = _load()
+_LIBRARY = _load(Path(__file__).with_name(f'_compiled{EXTENSION_SUFFIXES[0]}'))
 
 
 class _Tiles(Structure):
@@ -62,22 +67,26 @@ def are_compiled() -> bool:
     return _LIBRARY is not None
 
 
-def fit(x: Tensor, *dtypes: torch.dtype) -> bool:
-    """Tell whether kernels compute on a tensor.
+def fit(x: Tensor, *others: Tensor) -> bool:
+    """Tell whether kernels compute on tensors.
 
     Args:
         x (Tensor): Features, ``(..., C)``.
-        *dtypes (torch.dtype): Those that the kernel is for.
+        *others (Tensor): Weights.
 
     Returns:
-        bool: Whether there are kernels, and ``x`` is ordinary memory of a CPU, in one
-        of the dtypes, with channels that are a multiple of 8. Never while a model is
-        traced or compiled.
+        bool: Whether there are kernels, all tensors are ordinary memory of a CPU, and
+        the channels of ``x`` are a multiple of 8. Never while a model is traced or
+        compiled.
     """
+    if is_traced() or _LIBRARY is None:
+        return False
+    return x.shape[-1] % _LANES == 0 and all(map(_is_ordinary, (x, *others)))
+
+
+def _is_ordinary(tensor: Tensor) -> bool:
     # Subclasses may have no memory of their own, or not all of it.
-    ordinary = type(x) in (Tensor, nn.Parameter) and x.device.type == 'cpu'
-    known = x.dtype in dtypes and x.shape[-1] % _LANES == 0
-    return _LIBRARY is not None and ordinary and known and not is_traced()
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == 'cpu'
 
 
 def convolve(x: Tensor, taps: Tensor, bias: Tensor | None, tiles: Tiles) -> Tensor:

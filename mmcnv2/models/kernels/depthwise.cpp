@@ -275,6 +275,8 @@ void sum_gradients(const Tiles& tiles, const T* x, const T* grad, float* out,
 
 extern "C" {
 
+int mmcnv2_interface() { return kInterface; }
+
 // The convolution at the positions of all tiles. `weight` is (49, channels), `bias` is
 // null for none.
 void convolve_float32(const Tiles* tiles, const float* x, const float* weight,

@@ -1,14 +1,17 @@
-// Eight numbers at a time, in the terms of GCC and Clang, which know each CPU's own.
+// Eight numbers at a time, in the terms of GCC, which knows each CPU's own.
 #pragma once
 
 #include <cstdint>
 
-// Compiled once for each generation of CPUs; the loader chooses.
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__)
+// Compiled once for each generation of CPUs; the loader chooses. Elsewhere the kernels
+// would be slower than PyTorch's own.
+#if !defined(__x86_64__) || !defined(__gnu_linux__) || defined(__clang__)
+#error "the kernels are for x86-64 and Linux, by GCC; mmcnv2 does without"
+#elif __GNUC__ >= 12
 #define FOR_EACH_CPU \
   __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
-#define FOR_EACH_CPU
+#define FOR_EACH_CPU __attribute__((target_clones("avx2", "default")))
 #endif
 // What such a function calls has to become part of it.
 #define ALWAYS_INLINE __attribute__((always_inline))
@@ -41,6 +44,9 @@ INLINE void store(BFloat16* to, Lanes x) {
   const Bits halves = x == x ? rounded : top | 0x40;
   *reinterpret_cast<Halves*>(to) = __builtin_convertvector(halves, Halves);
 }
+
+// Raised, here and in __init__.py, whenever a function takes other arguments.
+constexpr int kInterface = 1;
 
 // Cut `count` into equal shares for threads.
 inline int64_t share(int64_t count, int thread, int threads) {

@@ -9,8 +9,8 @@ from ..tiles import Tiles
 class DenseLayout:
     """Every pixel is there: positions are ``(H, W)``, and convolutions are ordinary.
 
-    Convolutions see the channels-last memory as it is, through permuted views, so no
-    block copies its input or output.
+    They see the channels-last memory as it is, as tiles or through permuted views, so
+    no block copies its input or output.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Visible patches only, by torch operations alone."""
+"""Visible patches only, by kernels of our own or by torch operations alone."""
 
 import math
 
@@ -7,7 +7,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from ..depthwise import autocast, convolve_tiles, is_quicker_by_tiles
+from ..depthwise import (
+    autocast,
+    convolve_tiles,
+    is_depthwise,
+    is_quicker_by_tiles,
+)
 from ..shortcuts import is_observed
 from ..tiles import Tiles
 
@@ -51,9 +56,10 @@ class PackedLayout:
         return self._tokens(conv(visible))
 
     def depthwise(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
-        if is_quicker_by_tiles(conv, x):
-            return convolve_tiles(conv, x, self._tiles(self._side(x)))
-        if is_observed(conv):
+        side = self._side(x)
+        if side in Tiles.SIDES and is_quicker_by_tiles(conv, x):
+            return convolve_tiles(conv, x, self._tiles(side))
+        if is_observed(conv) or not is_depthwise(conv, x.shape[-1]):
             return self.pick(conv(self.fill(x)), x)
         return _ConvolveInPictures.apply(*autocast(x, conv), self)
 
