@@ -79,7 +79,7 @@ def test_everywhere():
     exact = gelu(x.double())
     ours, _ = gelu_squares(x.clone())
     scale = x.abs().clamp(min=1)
-    assert ((ours - exact) / scale).abs().max() < 2e-7
+    assert ((ours - exact) / scale).abs().max() < 2.5e-7
     assert (ours[gelu(x) == 0] == 0).all()
 
 

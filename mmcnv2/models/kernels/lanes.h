@@ -3,13 +3,12 @@
 
 #include <cstdint>
 
-// Compiled once for each generation of CPUs; the loader chooses. Elsewhere the kernels
+// Compiled for CPUs with AVX2 and for those without; the loader chooses. Elsewhere the kernels
 // would be slower than PyTorch's own.
 #if !defined(__x86_64__) || !defined(__gnu_linux__) || defined(__clang__)
 #error "the kernels are for x86-64 and Linux, by GCC; mmcnv2 does without"
 #elif __GNUC__ >= 12
-#define FOR_EACH_CPU \
-  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define FOR_EACH_CPU __attribute__((target_clones("arch=x86-64-v3", "default")))
 #else
 #define FOR_EACH_CPU __attribute__((target_clones("avx2", "default")))
 #endif
