@@ -6,7 +6,6 @@ All take contiguous features ``(N, P, C)`` and return sums over positions,
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from . import kernels
 from .grn import sum_of_products
@@ -16,11 +15,15 @@ _gelu = torch.ops.aten.gelu.out
 _gelu_backward = torch.ops.aten.gelu_backward.grad_input
 
 
-def gelu_squares(x: Tensor, in_place: bool = False) -> tuple[Tensor, Tensor]:
-    """Compute GELU, and the sums of its squares.
+def gelu_products(
+    x: Tensor, grad: Tensor | None = None, in_place: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Compute GELU, and the sums of its products with a gradient, or of its squares.
 
     Args:
         x (Tensor): Features, ``(N, P, C)``.
+        grad (Tensor, optional): The gradient, of the same shape. Defaults to GELU
+            itself, which gives its squares.
         in_place (bool): Whether GELU takes the place of ``x``. Defaults to False.
 
     Returns:
@@ -28,26 +31,9 @@ def gelu_squares(x: Tensor, in_place: bool = False) -> tuple[Tensor, Tensor]:
     """
     active = x if in_place else torch.empty_like(x)
     if _fits(x):
-        return active, kernels.gelu_squares(x, active)
+        return active, kernels.sum_gelu('gelu_products', x, grad, active)
     _gelu(x, out=active)
-    return active, sum_of_products(active, active)
-
-
-def gelu_products(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute GELU, and the sums of its products with a gradient.
-
-    Args:
-        x (Tensor): Features, ``(N, P, C)``.
-        grad (Tensor): The gradient, of the same shape.
-
-    Returns:
-        tuple[Tensor, Tensor]: GELU, and the sums.
-    """
-    if _fits(x):
-        active = torch.empty_like(x)
-        return active, kernels.gelu_products(x, grad, active)
-    active = functional.gelu(x)
-    return active, sum_of_products(active, grad)
+    return active, sum_of_products(active, active if grad is None else grad)
 
 
 def gelu_backward(
@@ -68,7 +54,7 @@ def gelu_backward(
     """
     if _fits(x):
         factors = scale.to(x.dtype), slope.to(x.dtype)
-        return kernels.gelu_backward(x, *factors, grad, active)
+        return kernels.sum_gelu('gelu_backward', x, *factors, grad, active)
     grad.mul_(scale).addcmul_(active, slope)
     _gelu_backward(grad, x, grad_input=grad)
     active.mul_(scale)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .gelu import gelu_backward, gelu_products, gelu_squares
+from .gelu import gelu_backward, gelu_products
 from .grn import GRN, response, through_scale, total
 from .linear import linear
 from .shortcuts import is_traced
@@ -77,7 +77,7 @@ class _ExpandAndProject(torch.autograd.Function):
         for pictures, parts in _groups(x, len(weight1)):
             hidden = [linear(x[part], weight1, bias1) for part in parts]
             kept += hidden if keep else []
-            pairs = [gelu_squares(h, in_place=not keep) for h in hidden]
+            pairs = [gelu_products(h, in_place=not keep) for h in hidden]
             active, squares = zip(*pairs, strict=True)
             norms[pictures] = total(squares).sqrt_()
             scale = gamma * response(norms[pictures]) + 1

@@ -103,7 +103,7 @@ def convolve(x: Tensor, taps: Tensor, bias: Tensor | None, tiles: Tiles) -> Tens
     """
     x, taps = x.contiguous(), taps.contiguous()
     out = torch.empty_like(x)
-    _run('convolve', x, _describe(tiles, x), x, taps, bias, out)
+    _run('convolve', _describe(tiles, x), x, taps, bias, out)
     return out
 
 
@@ -123,7 +123,7 @@ def sum_gradients(x: Tensor, grad: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor
     described = _describe(tiles, x)
     groups = -(-described.count // described.group)
     sums = x.new_zeros(groups, 50, x.shape[-1], dtype=torch.float32)
-    _run('sum_gradients', x, described, x, grad, sums)
+    _run('sum_gradients', described, x, grad, sums)
     whole = sums.sum(0)
     return whole[:-1], whole[-1]
 
@@ -141,70 +141,30 @@ def _describe(tiles: Tiles, x: Tensor) -> _Tiles:
     )
 
 
-def _run(name: str, x: Tensor, tiles: _Tiles, *tensors: Tensor | None) -> None:
+def _run(name: str, tiles: _Tiles, x: Tensor, *tensors: Tensor | None) -> None:
     """Call a function of depthwise.cpp for the dtype of ``x``."""
     dtype = str(x.dtype).removeprefix('torch.')
-    kernel = getattr(_LIBRARY, f'{name}_{dtype}')
-    kernel(byref(tiles), *map(_address, tensors), c_int(torch.get_num_threads()))
-
-
-def gelu_squares(x: Tensor, out: Tensor) -> Tensor:
-    """Compute GELU, and the sums of its squares.
-
-    Args:
-        x (Tensor): Features, ``(N, P, C)``, in float32.
-        out (Tensor): Where GELU goes, which may be ``x`` itself.
-
-    Returns:
-        Tensor: The sums over positions, ``(N, 1, C)``.
-    """
-    sums = x.new_zeros(len(x), 1, x.shape[-1])
-    _run_gelu('gelu_squares', x, out, sums)
-    return sums
-
-
-def gelu_products(x: Tensor, grad: Tensor, out: Tensor) -> Tensor:
-    """Compute GELU, and the sums of its products with a gradient.
-
-    Args:
-        x (Tensor): Features, ``(N, P, C)``, in float32.
-        grad (Tensor): The gradient, of the same shape.
-        out (Tensor): Where GELU goes.
-
-    Returns:
-        Tensor: The sums over positions, ``(N, 1, C)``.
-    """
-    sums = x.new_zeros(len(x), 1, x.shape[-1])
-    _run_gelu('gelu_products', x, grad, out, sums)
-    return sums
-
-
-def gelu_backward(
-    x: Tensor, scale: Tensor, slope: Tensor, grad: Tensor, active: Tensor
-) -> Tensor:
-    """Go from the gradient of GELU times a scale to that of what entered GELU.
-
-    Args:
-        x (Tensor): What entered GELU, ``(N, P, C)``, in float32.
-        scale (Tensor): ``(N, 1, C)``.
-        slope (Tensor): ``(N, 1, C)``: so much of itself GELU adds to its gradient, by
-            way of the scale.
-        grad (Tensor): The gradient of the scaled, ``(N, P, C)``; becomes that of ``x``.
-        active (Tensor): GELU of ``x``; becomes the scaled.
-
-    Returns:
-        Tensor: The sums of the gradient over positions, ``(N, 1, C)``.
-    """
-    sums = x.new_zeros(len(x), 1, x.shape[-1])
-    _run_gelu('gelu_backward', x, scale, slope, grad, active, sums)
-    return sums
-
-
-def _run_gelu(name: str, x: Tensor, *tensors: Tensor) -> None:
-    """Call a function of gelu.cpp; all its tensors are contiguous."""
-    shape = map(c_int64, x.shape)
     threads = c_int(torch.get_num_threads())
-    getattr(_LIBRARY, name)(*shape, *map(_address, (x, *tensors)), threads)
+    kernel = getattr(_LIBRARY, f'{name}_{dtype}')
+    kernel(byref(tiles), *map(_address, (x, *tensors)), threads)
+
+
+def sum_gelu(name: str, x: Tensor, *tensors: Tensor | None) -> Tensor:
+    """Run a function of gelu.cpp, which tells what it takes and does.
+
+    Args:
+        name (str): Of the function.
+        x (Tensor): Features, ``(N, P, C)``, in float32, contiguous as all others.
+        *tensors (Tensor, optional): What else it takes before its sums.
+
+    Returns:
+        Tensor: Its sums over positions, ``(N, 1, C)``.
+    """
+    sums = x.new_zeros(len(x), 1, x.shape[-1])
+    addresses = map(_address, (x, *tensors, sums))
+    threads = c_int(torch.get_num_threads())
+    getattr(_LIBRARY, name)(*map(c_int64, x.shape), *addresses, threads)
+    return sums
 
 
 def _address(tensor: Tensor | None) -> c_void_p | None:

@@ -255,19 +255,14 @@ template <typename T>
 void sum_gradients(const Tiles& tiles, const T* x, const T* grad, float* out,
                    int threads) {
   const int64_t groups = (tiles.count + tiles.group - 1) / tiles.group;
-  const int64_t blocks = tiles.channels / kLanes;
+  const auto of_group = [=, &tiles](int64_t group, int64_t first, int64_t last) {
+    const int64_t begin = group * tiles.group;
+    const Part part{begin, std::min(tiles.count, begin + tiles.group), first, last};
+    run(tiles, x, grad, out + group * (kBias + 1) * tiles.channels, part);
+  };
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int k = 0; k < threads; ++k) {
-    const int64_t end = share(groups * blocks, k + 1, threads);
-    for (int64_t i = share(groups * blocks, k, threads); i < end;) {
-      const int64_t group = i / blocks, block = i % blocks;
-      const int64_t last = std::min(blocks, block + end - i);
-      const Part part{group * tiles.group,
-                      std::min(tiles.count, (group + 1) * tiles.group),
-                      block * kLanes, last * kLanes};
-      run(tiles, x, grad, out + group * (kBias + 1) * tiles.channels, part);
-      i += last - block;
-    }
+    for_share(groups, tiles.channels, k, threads, of_group);
   }
 }
 

@@ -77,37 +77,23 @@ INLINE void for_positions(Shape shape, int64_t picture, int64_t first, int64_t l
   }
 }
 
-// The same for a share of all pictures and channels.
+// The same for a thread's share of all pictures and channels.
 template <typename Each>
-INLINE void for_share(Shape shape, int thread, int threads, float* sums, Each each) {
-  const int64_t blocks = shape.channels / kLanes, count = shape.pictures * blocks;
-  const int64_t end = share(count, thread + 1, threads);
-  for (int64_t i = share(count, thread, threads); i < end;) {
-    const int64_t picture = i / blocks, block = i % blocks;
-    const int64_t last = std::min(blocks, block + end - i);
-    for_positions(shape, picture, block * kLanes, last * kLanes, sums, each);
-    i += last - block;
-  }
-}
-
-FOR_EACH_CPU void run_squares(Shape shape, const float* x, float* out, float* sums,
-                              int thread, int threads) {
-  const auto each = [=](int64_t place, int64_t) ALWAYS_INLINE {
-    const Lanes value = load(x + place), active = value * below(value);
-    store(out + place, active);
-    return active * active;
-  };
-  for_share(shape, thread, threads, sums, each);
+INLINE void for_pictures(Shape shape, int thread, int threads, float* sums, Each each) {
+  const auto of_picture = [=](int64_t picture, int64_t first, int64_t last)
+      ALWAYS_INLINE { for_positions(shape, picture, first, last, sums, each); };
+  for_share(shape.pictures, shape.channels, thread, threads, of_picture);
 }
 
 FOR_EACH_CPU void run_products(Shape shape, const float* x, const float* grad,
                                float* out, float* sums, int thread, int threads) {
+  const float* others = grad ? grad : out;
   const auto each = [=](int64_t place, int64_t) ALWAYS_INLINE {
     const Lanes value = load(x + place), active = value * below(value);
     store(out + place, active);
-    return active * load(grad + place);
+    return active * load(others + place);
   };
-  for_share(shape, thread, threads, sums, each);
+  for_pictures(shape, thread, threads, sums, each);
 }
 
 FOR_EACH_CPU void run_backward(Shape shape, const float* x, const float* scale,
@@ -119,14 +105,14 @@ FOR_EACH_CPU void run_backward(Shape shape, const float* x, const float* scale,
     const Lanes after = load(grad + place) * factor + was * load(slope + channel);
     // GELU is x times what lies below, so that a quotient gives it back.
     const auto tiny = (value < 1e-30f) & (value > -1e-30f);
-    const Lanes share = tiny ? all(0.5f) : was / value;
+    const Lanes fraction = tiny ? all(0.5f) : was / value;
     const Lanes density = 0.398942280f * power_of_two(-0.721347520f * value * value);
-    const Lanes before = after * (share + value * density);
+    const Lanes before = after * (fraction + value * density);
     store(grad + place, before);
     store(active + place, was * factor);
     return before;
   };
-  for_share(shape, thread, threads, sums, each);
+  for_pictures(shape, thread, threads, sums, each);
 }
 
 }  // namespace
@@ -135,15 +121,8 @@ FOR_EACH_CPU void run_backward(Shape shape, const float* x, const float* scale,
 // number of threads.
 extern "C" {
 
-// out = gelu(x), which may be x itself, and the sums of its squares.
-void gelu_squares(int64_t pictures, int64_t positions, int64_t channels, const float* x,
-                  float* out, float* sums, int threads) {
-  const Shape shape{pictures, positions, channels};
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int k = 0; k < threads; ++k) run_squares(shape, x, out, sums, k, threads);
-}
-
-// out = gelu(x), and the sums of its products with `grad`.
+// out = gelu(x), which may be x itself, and the sums of its products with `grad`, or of
+// its squares where that is null.
 void gelu_products(int64_t pictures, int64_t positions, int64_t channels,
                    const float* x, const float* grad, float* out, float* sums,
                    int threads) {
