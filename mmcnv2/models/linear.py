@@ -9,6 +9,7 @@ from .shortcuts import has_onednn
 # What torch.compile calls for linear layers on CPUs. PyTorch itself calls BLAS, which
 # is slower for shapes as tall as ours, and adds to a bias that is written out before.
 _BY_ONEDNN = getattr(torch.ops.mkldnn, '_linear_pointwise', None)
+_LARGE = 1 << 18  # elements, which do not fit into a core's cache
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -22,6 +23,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         Tensor: ``(..., D)``.
     """
-    if x.dtype != torch.float32 or _BY_ONEDNN is None or not has_onednn(x):
+    fits = x.dtype == torch.float32 and _BY_ONEDNN is not None and has_onednn(x)
+    # oneDNN writes a turned weight out anew, which takes as long as the product where
+    # it is large; BLAS takes it as it lies.
+    turned = not weight.is_contiguous() and weight.numel() >= _LARGE
+    if not fits or turned:
         return functional.linear(x, weight, bias)
     return _BY_ONEDNN(x, weight, bias, 'none', [], '')

@@ -22,3 +22,13 @@ def test_is_the_product(shape, turned, biased, dtype):
     expected += 0 if bias is None else bias.double()
     assert out.dtype == dtype
     torch.testing.assert_close(out, expected.to(dtype))
+
+
+@pytest.mark.parametrize('turned', [False, True])
+def test_of_a_large_weight(turned):
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 3, 513), torch.randn(513, 513)
+    out = linear(x, weight.t() if turned else weight)
+    product = 'npc,cd->npd' if turned else 'npc,dc->npd'
+    expected = torch.einsum(product, x.double(), weight.double())
+    torch.testing.assert_close(out, expected.float(), atol=1e-4, rtol=1e-4)

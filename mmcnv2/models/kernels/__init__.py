@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from ..shortcuts import is_traced
 from ..tiles import Tiles
 
-_INTERFACE = 1  # of lanes.h
+_INTERFACE = 2  # of lanes.h
 _LANES = 8  # channels that are computed at a time
-_GROUP = 2048  # positions whose gradients are summed in one go
+_CHUNK = 64  # positions of a picture that are summed in one go
+_GROUP = 2048  # positions whose gradients of a depthwise kernel are
 
 
 def _load(path: Path) -> CDLL | None:
@@ -160,11 +161,12 @@ def sum_gelu(name: str, x: Tensor, *tensors: Tensor | None) -> Tensor:
     Returns:
         Tensor: Its sums over positions, ``(N, 1, C)``.
     """
-    sums = x.new_zeros(len(x), 1, x.shape[-1])
+    sums = x.new_zeros(len(x), -(-x.shape[1] // _CHUNK), x.shape[-1])
     addresses = map(_address, (x, *tensors, sums))
     threads = c_int(torch.get_num_threads())
-    getattr(_LIBRARY, name)(*map(c_int64, x.shape), *addresses, threads)
-    return sums
+    sizes = map(c_int64, (*x.shape, _CHUNK))
+    getattr(_LIBRARY, name)(*sizes, *addresses, threads)
+    return sums.sum(1, keepdim=True)
 
 
 def _address(tensor: Tensor | None) -> c_void_p | None:

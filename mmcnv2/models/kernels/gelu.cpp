@@ -5,14 +5,11 @@
 
 namespace {
 
-// Of features: channels are a multiple of 8.
+// Of features: channels are a multiple of 8. So many positions of a picture at most as
+// `chunk` are summed, so that small numbers are not added to large ones.
 struct Shape {
-  int64_t pictures, positions, channels;
+  int64_t pictures, positions, channels, chunk;
 };
-
-// Positions whose sums are added up before they are added to those of others, so that
-// small numbers are not added to large ones.
-constexpr int64_t kChunk = 64;
 
 INLINE Lanes all(float x) { return Lanes{} + x; }
 
@@ -51,38 +48,24 @@ INLINE Lanes below(Lanes x) {
   return x > -5.4f ? z * above / under + 0.5f : Lanes{};
 }
 
-// Calls `each(place, channel)` for some channels of all positions of one picture, and
-// adds what it returns to `sums`.
+// Calls `each(place, channel)` for a thread's share of the chunks, row after row, and
+// adds what it returns to the sums of each.
 template <typename Each>
-INLINE void for_positions(Shape shape, int64_t picture, int64_t first, int64_t last,
-                          float* sums, Each each) {
-  // As many at a time as a part of the stack holds.
-  constexpr int64_t most = 512;
-  for (int64_t begin = first; begin < last; begin += most) {
-    const int64_t end = std::min(last, begin + most);
-    for (int64_t p = 0; p < shape.positions; p += kChunk) {
-      float chunk[most] = {};
-      for (int64_t q = p; q < std::min(shape.positions, p + kChunk); ++q) {
-        const int64_t line = (picture * shape.positions + q) * shape.channels;
-        for (int64_t c = begin; c < end; c += kLanes) {
-          float* sum = chunk + c - begin;
-          store(sum, load(sum) + each(line + c, picture * shape.channels + c));
-        }
-      }
-      float* to = sums + picture * shape.channels;
-      for (int64_t c = begin; c < end; c += kLanes) {
-        store(to + c, load(to + c) + load(chunk + c - begin));
+INLINE void for_chunks(Shape shape, int thread, int threads, float* sums, Each each) {
+  const int64_t chunks = (shape.positions + shape.chunk - 1) / shape.chunk;
+  const int64_t count = shape.pictures * chunks;
+  const int64_t end = share(count, thread + 1, threads);
+  for (int64_t i = share(count, thread, threads); i < end; ++i) {
+    const int64_t picture = i / chunks, first = i % chunks * shape.chunk;
+    const int64_t last = std::min(shape.positions, first + shape.chunk);
+    float* sum = sums + i * shape.channels;
+    for (int64_t p = first; p < last; ++p) {
+      const int64_t line = (picture * shape.positions + p) * shape.channels;
+      for (int64_t c = 0; c < shape.channels; c += kLanes) {
+        store(sum + c, load(sum + c) + each(line + c, picture * shape.channels + c));
       }
     }
   }
-}
-
-// The same for a thread's share of all pictures and channels.
-template <typename Each>
-INLINE void for_pictures(Shape shape, int thread, int threads, float* sums, Each each) {
-  const auto of_picture = [=](int64_t picture, int64_t first, int64_t last)
-      ALWAYS_INLINE { for_positions(shape, picture, first, last, sums, each); };
-  for_share(shape.pictures, shape.channels, thread, threads, of_picture);
 }
 
 FOR_EACH_CPU void run_products(Shape shape, const float* x, const float* grad,
@@ -93,7 +76,7 @@ FOR_EACH_CPU void run_products(Shape shape, const float* x, const float* grad,
     store(out + place, active);
     return active * load(others + place);
   };
-  for_pictures(shape, thread, threads, sums, each);
+  for_chunks(shape, thread, threads, sums, each);
 }
 
 FOR_EACH_CPU void run_backward(Shape shape, const float* x, const float* scale,
@@ -112,21 +95,21 @@ FOR_EACH_CPU void run_backward(Shape shape, const float* x, const float* scale,
     store(active + place, was * factor);
     return before;
   };
-  for_pictures(shape, thread, threads, sums, each);
+  for_chunks(shape, thread, threads, sums, each);
 }
 
 }  // namespace
 
-// Sums over positions are (pictures, channels), zero before. They do not depend on the
-// number of threads.
+// Sums are (pictures, chunks, channels), zero before. They do not depend on the number
+// of threads.
 extern "C" {
 
 // out = gelu(x), which may be x itself, and the sums of its products with `grad`, or of
 // its squares where that is null.
 void gelu_products(int64_t pictures, int64_t positions, int64_t channels,
-                   const float* x, const float* grad, float* out, float* sums,
-                   int threads) {
-  const Shape shape{pictures, positions, channels};
+                   int64_t chunk, const float* x, const float* grad, float* out,
+                   float* sums, int threads) {
+  const Shape shape{pictures, positions, channels, chunk};
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int k = 0; k < threads; ++k) {
     run_products(shape, x, grad, out, sums, k, threads);
@@ -138,9 +121,10 @@ void gelu_products(int64_t pictures, int64_t positions, int64_t channels,
 // `active` becomes the product, and the sums are those of the gradients. `scale` and
 // `slope` are (pictures, channels).
 void gelu_backward(int64_t pictures, int64_t positions, int64_t channels,
-                   const float* x, const float* scale, const float* slope, float* grad,
-                   float* active, float* sums, int threads) {
-  const Shape shape{pictures, positions, channels};
+                   int64_t chunk, const float* x, const float* scale,
+                   const float* slope, float* grad, float* active, float* sums,
+                   int threads) {
+  const Shape shape{pictures, positions, channels, chunk};
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int k = 0; k < threads; ++k) {
     run_backward(shape, x, scale, slope, grad, active, sums, k, threads);
