@@ -68,6 +68,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--size', type=int, default=224, help='side of a picture')
     parser.add_argument('--mask-ratio', type=float, default=0.6)
     parser.add_argument('--by', choices=SERIES, nargs='+', default=list(SERIES))
+    parser.add_argument(
+        '--encoders', choices=ENCODERS, nargs='+', default=list(ENCODERS)
+    )
     lists: dict[str, tuple[type, list]] = {
         '--sizes': (int, [128, 224, 320, 448, 512, 640, 768, 1024]),
         '--mask-ratios': (float, [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]),
@@ -85,7 +88,8 @@ def parse_args() -> argparse.Namespace:
 
 def build_encoders(args: argparse.Namespace) -> dict[str, nn.Module]:
     packed = build_packed(args.arch).to(args.device)
-    return dict(packed=packed, dense=DenseEncoder(packed))
+    encoders = dict(packed=packed, dense=DenseEncoder(packed))
+    return {name: encoders[name] for name in args.encoders}
 
 
 def contender(
@@ -113,7 +117,7 @@ def in_one_process(changes: str, args: argparse.Namespace) -> list[dict[str, Any
     contenders = [
         contender(name, encoders[name], changes, value, args)
         for value in getattr(args, SERIES[changes])
-        for name in ENCODERS
+        for name in encoders
     ]
     measure(contenders, args.rounds, args.device)
     return [each.row() for each in contenders]
@@ -192,7 +196,7 @@ def plot(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> Figure:
     kinds = (('seconds', 'seconds'), ('peak_mib', 'MiB'))
     for line, changes in zip(grid, args.by, strict=True):
         for axes, (key, label) in zip(line, kinds, strict=True):
-            for name in ENCODERS:
+            for name in args.encoders:
                 own = [
                     (row['value'], row[key])
                     for row in rows
@@ -217,7 +221,7 @@ def main() -> None:
             rows += in_one_process(changes, args)
     for row in rows:
         row['ms_per_patch'] = row['seconds'] / row['patches'] * 1e3
-    fits = (slope(changes, name, rows) for changes in args.by for name in ENCODERS)
+    fits = (slope(changes, name, rows) for changes in args.by for name in args.encoders)
     slopes = [fit for fit in fits if fit]
     report(args, rows, COLUMNS, slopes=slopes)
     print(f'\nA patch has {STRIDE} x {STRIDE} pixels.')
