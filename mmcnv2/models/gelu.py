@@ -37,27 +37,28 @@ def gelu_products(
 
 
 def gelu_backward(
-    x: Tensor, scale: Tensor, slope: Tensor, grad: Tensor, active: Tensor
+    x: Tensor, scale: Tensor, shift: Tensor, slope: Tensor, grad: Tensor, active: Tensor
 ) -> Tensor:
-    """Go from the gradient of GELU times a scale to that of what entered GELU.
+    """Go from the gradient of GELU, scaled and shifted, to that of what entered GELU.
 
     Args:
         x (Tensor): What entered GELU, ``(N, P, C)``.
         scale (Tensor): ``(N, 1, C)``.
+        shift (Tensor): ``(C,)``.
         slope (Tensor): ``(N, 1, C)``: so much of itself GELU adds to its gradient, by
             way of the scale.
-        grad (Tensor): The gradient of the scaled, ``(N, P, C)``; becomes that of ``x``.
-        active (Tensor): GELU of ``x``; becomes the scaled.
+        grad (Tensor): The gradient of the shifted, ``(N, P, C)``; becomes that of ``x``.
+        active (Tensor): GELU of ``x``; becomes the shifted.
 
     Returns:
         Tensor: The sums of the gradient.
     """
     if _fits(x):
-        factors = scale.to(x.dtype), slope.to(x.dtype)
+        factors = scale, shift, slope
         return kernels.sum_gelu('gelu_backward', x, *factors, grad, active)
     grad.mul_(scale).addcmul_(active, slope)
     _gelu_backward(grad, x, grad_input=grad)
-    active.mul_(scale)
+    torch.addcmul(shift, active, scale, out=active)
     return grad.sum(1, keepdim=True)
 
 

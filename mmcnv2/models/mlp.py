@@ -72,8 +72,6 @@ class _ExpandAndProject(torch.autograd.Function):
         keep = keep and any(ctx.needs_input_grad)
         norms = x.new_empty(len(x), 1, len(weight1))
         out, kept = torch.empty_like(x), []
-        # Beta adds the same to all positions.
-        bias = torch.addmv(bias2, weight2, beta)
         for pictures, parts in _groups(x, len(weight1)):
             hidden = [linear(x[part], weight1, bias1) for part in parts]
             kept += hidden if keep else []
@@ -82,7 +80,8 @@ class _ExpandAndProject(torch.autograd.Function):
             norms[pictures] = total(squares).sqrt_()
             scale = gamma * response(norms[pictures]) + 1
             for part, a in zip(parts, active, strict=True):
-                out[part] = linear(a.mul_(scale), weight2, bias)
+                torch.addcmul(beta, a, scale, out=a)
+                out = _put(out, part, linear(a, weight2, bias2))
         ctx.save_for_backward(x, weight1, gamma, beta, weight2, norms, *kept)
         return out
 
@@ -104,14 +103,12 @@ class _ExpandAndProject(torch.autograd.Function):
             grad_gamma += of_gamma
             scale = gamma * response(norms[pictures]) + 1
             for part, h, a, g in zip(parts, hidden, active, grads, strict=True):
-                grad_bias1 += gelu_backward(h, scale, slope, g, a).sum((0, 1))
-                grad_x[part] = linear(g, weight1.t())
+                grad_bias1 += gelu_backward(h, scale, beta, slope, g, a).sum((0, 1))
+                grad_x = _put(grad_x, part, linear(g, weight1.t()))
                 if of_weight1:
                     grad_weight1 = _add_product(grad_weight1, g, x[part])
                 if of_weight2:
                     grad_weight2 = _add_product(grad_weight2, grad[part], a)
-        if of_weight2:
-            grad_weight2.addr_(grad_bias2, beta)
         return (
             *(grad_x, grad_weight1, grad_bias1, grad_gamma),
             *(weight2.t() @ grad_bias2, grad_weight2, grad_bias2, None),
@@ -133,6 +130,14 @@ def _slices(count: int, size: int) -> Iterator[slice]:
     """Cut into equal slices of ``size`` at most, of which the last may be shorter."""
     size = math.ceil(count / math.ceil(count / max(size, 1)))
     return (slice(i, min(i + size, count)) for i in range(0, count, size))
+
+
+def _put(whole: Tensor, part: tuple[slice, slice], piece: Tensor) -> Tensor:
+    """Put a piece into the whole, unless it is all of it already."""
+    if piece.shape == whole.shape:
+        return piece
+    whole[part] = piece
+    return whole
 
 
 def _add_product(sums: Tensor | None, left: Tensor, right: Tensor) -> Tensor:

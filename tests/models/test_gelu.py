@@ -61,15 +61,16 @@ def test_products(shape):
 def test_backward(shape):
     x, grad = draw(*shape), draw(*shape).flip(2)
     scale, slope = (draw(shape[0], 1, shape[2], std=s) for s in (1.0, 0.1))
+    shift = draw(shape[2])
     tensor = x.double().requires_grad_()
     active = gelu(tensor)
     after = scale.double() * grad + slope.double() * active.detach()
     (before,) = torch.autograd.grad(active, tensor, after)
 
     given = grad.clone(), active.detach().float()
-    sums = gelu_backward(x, scale, slope, *given)
+    sums = gelu_backward(x, scale, shift, slope, *given)
     assert_close(given[0], before)
-    assert_close(given[1], active.detach() * scale)
+    assert_close(given[1], active.detach() * scale + shift)
     assert_close(sums, before.sum(1, keepdim=True))
 
 

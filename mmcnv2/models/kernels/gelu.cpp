@@ -48,8 +48,8 @@ INLINE Lanes below(Lanes x) {
   return x > -5.4f ? z * above / under + 0.5f : Lanes{};
 }
 
-// Calls `each(place, channel)` for a thread's share of the chunks, row after row, and
-// adds what it returns to the sums of each.
+// Calls `each(place, place in (pictures, channels), channel)` for a thread's share of the
+// chunks, row after row, and adds what it returns to the sums of each.
 template <typename Each>
 INLINE void for_chunks(Shape shape, int thread, int threads, float* sums, Each each) {
   const int64_t chunks = (shape.positions + shape.chunk - 1) / shape.chunk;
@@ -58,11 +58,12 @@ INLINE void for_chunks(Shape shape, int thread, int threads, float* sums, Each e
   for (int64_t i = share(count, thread, threads); i < end; ++i) {
     const int64_t picture = i / chunks, first = i % chunks * shape.chunk;
     const int64_t last = std::min(shape.positions, first + shape.chunk);
+    const int64_t own = picture * shape.channels;
     float* sum = sums + i * shape.channels;
     for (int64_t p = first; p < last; ++p) {
       const int64_t line = (picture * shape.positions + p) * shape.channels;
       for (int64_t c = 0; c < shape.channels; c += kLanes) {
-        store(sum + c, load(sum + c) + each(line + c, picture * shape.channels + c));
+        store(sum + c, load(sum + c) + each(line + c, own + c, c));
       }
     }
   }
@@ -71,7 +72,7 @@ INLINE void for_chunks(Shape shape, int thread, int threads, float* sums, Each e
 FOR_EACH_CPU void run_products(Shape shape, const float* x, const float* grad,
                                float* out, float* sums, int thread, int threads) {
   const float* others = grad ? grad : out;
-  const auto each = [=](int64_t place, int64_t) ALWAYS_INLINE {
+  const auto each = [=](int64_t place, int64_t, int64_t) ALWAYS_INLINE {
     const Lanes value = load(x + place), active = value * below(value);
     store(out + place, active);
     return active * load(others + place);
@@ -80,19 +81,19 @@ FOR_EACH_CPU void run_products(Shape shape, const float* x, const float* grad,
 }
 
 FOR_EACH_CPU void run_backward(Shape shape, const float* x, const float* scale,
-                               const float* slope, float* grad, float* active,
-                               float* sums, int thread, int threads) {
-  const auto each = [=](int64_t place, int64_t channel) ALWAYS_INLINE {
+                               const float* shift, const float* slope, float* grad,
+                               float* active, float* sums, int thread, int threads) {
+  const auto each = [=](int64_t place, int64_t own, int64_t channel) ALWAYS_INLINE {
     const Lanes value = load(x + place), was = load(active + place);
-    const Lanes factor = load(scale + channel);
-    const Lanes after = load(grad + place) * factor + was * load(slope + channel);
+    const Lanes factor = load(scale + own);
+    const Lanes after = load(grad + place) * factor + was * load(slope + own);
     // GELU is x times what lies below, so that a quotient gives it back.
     const auto tiny = (value < 1e-30f) & (value > -1e-30f);
     const Lanes fraction = tiny ? all(0.5f) : was / value;
     const Lanes density = 0.398942280f * power_of_two(-0.721347520f * value * value);
     const Lanes before = after * (fraction + value * density);
     store(grad + place, before);
-    store(active + place, was * factor);
+    store(active + place, was * factor + load(shift + channel));
     return before;
   };
   for_chunks(shape, thread, threads, sums, each);
@@ -116,18 +117,18 @@ void gelu_products(int64_t pictures, int64_t positions, int64_t channels,
   }
 }
 
-// The way back through `active * scale`, where `active` is gelu(x) and each position
-// adds `active * slope` to its gradient through the scale. `grad` becomes that of x,
-// `active` becomes the product, and the sums are those of the gradients. `scale` and
-// `slope` are (pictures, channels).
+// The way back through `active * scale + shift`, where `active` is gelu(x) and each
+// position adds `active * slope` to its gradient through the scale. `grad` becomes that
+// of x, `active` becomes the shifted, and the sums are those of the gradients. `scale`
+// and `slope` are (pictures, channels), `shift` is (channels).
 void gelu_backward(int64_t pictures, int64_t positions, int64_t channels,
                    int64_t chunk, const float* x, const float* scale,
-                   const float* slope, float* grad, float* active, float* sums,
-                   int threads) {
+                   const float* shift, const float* slope, float* grad, float* active,
+                   float* sums, int threads) {
   const Shape shape{pictures, positions, channels, chunk};
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int k = 0; k < threads; ++k) {
-    run_backward(shape, x, scale, slope, grad, active, sums, k, threads);
+    run_backward(shape, x, scale, shift, slope, grad, active, sums, k, threads);
   }
 }
 }
