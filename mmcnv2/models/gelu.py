@@ -47,14 +47,14 @@ def gelu_backward(
         shift (Tensor): ``(C,)``.
         slope (Tensor): ``(N, 1, C)``: so much of itself GELU adds to its gradient, by
             way of the scale.
-        grad (Tensor): The gradient of the shifted, ``(N, P, C)``; becomes that of ``x``.
+        grad (Tensor): That of what is shifted, ``(N, P, C)``; becomes that of ``x``.
         active (Tensor): GELU of ``x``; becomes the shifted.
 
     Returns:
         Tensor: The sums of the gradient.
     """
     if _fits(x):
-        factors = scale, shift, slope
+        factors = (each.to(x.dtype) for each in (scale, shift, slope))
         return kernels.sum_gelu('gelu_backward', x, *factors, grad, active)
     grad.mul_(scale).addcmul_(active, slope)
     _gelu_backward(grad, x, grad_input=grad)

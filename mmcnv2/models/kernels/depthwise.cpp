@@ -251,6 +251,18 @@ void convolve(const Tiles& tiles, const T* x, const float* weight, const float* 
   }
 }
 
+// Calls `each(item, first, last)` for a thread's share of the channels of all items.
+template <typename Each>
+void for_share(int64_t items, int64_t channels, int thread, int threads, Each each) {
+  const int64_t blocks = channels / kLanes, count = items * blocks;
+  const int64_t end = share(count, thread + 1, threads);
+  for (int64_t i = share(count, thread, threads); i < end;) {
+    const int64_t block = i % blocks, last = std::min(blocks, block + end - i);
+    each(i / blocks, block * kLanes, last * kLanes);
+    i += last - block;
+  }
+}
+
 template <typename T>
 void sum_gradients(const Tiles& tiles, const T* x, const T* grad, float* out,
                    int threads) {

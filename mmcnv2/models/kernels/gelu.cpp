@@ -48,8 +48,9 @@ INLINE Lanes below(Lanes x) {
   return x > -5.4f ? z * above / under + 0.5f : Lanes{};
 }
 
-// Calls `each(place, place in (pictures, channels), channel)` for a thread's share of the
-// chunks, row after row, and adds what it returns to the sums of each.
+// Calls `each(place, place in (pictures, channels), channel)` for a thread's share of
+// the chunks, row after row, as a CPU expects to read, and adds what it returns to the
+// sums of each.
 template <typename Each>
 INLINE void for_chunks(Shape shape, int thread, int threads, float* sums, Each each) {
   const int64_t chunks = (shape.positions + shape.chunk - 1) / shape.chunk;

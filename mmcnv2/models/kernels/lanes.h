@@ -1,7 +1,6 @@
 // Eight numbers at a time, in the terms of GCC, which knows each CPU's own.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
 // Compiled for CPUs with AVX2 and for those without; the loader chooses. Elsewhere the
@@ -51,17 +50,4 @@ constexpr int kInterface = 2;
 // Cut `count` into equal shares for threads.
 inline int64_t share(int64_t count, int thread, int threads) {
   return count * thread / threads;
-}
-
-// Calls `each(item, first, last)` for a thread's share of the channels of all items.
-template <typename Each>
-INLINE void for_share(int64_t items, int64_t channels, int thread, int threads,
-                      Each each) {
-  const int64_t blocks = channels / kLanes, count = items * blocks;
-  const int64_t end = share(count, thread + 1, threads);
-  for (int64_t i = share(count, thread, threads); i < end;) {
-    const int64_t block = i % blocks, last = std::min(blocks, block + end - i);
-    each(i / blocks, block * kLanes, last * kLanes);
-    i += last - block;
-  }
 }
