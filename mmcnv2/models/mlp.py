@@ -81,7 +81,7 @@ class _ExpandAndProject(torch.autograd.Function):
             scale = gamma * response(norms[pictures]) + 1
             for part, a in zip(parts, active, strict=True):
                 torch.addcmul(beta, a, scale, out=a)
-                out = _put(out, part, linear(a, weight2, bias2))
+                out[part] = linear(a, weight2, bias2)
         ctx.save_for_backward(x, weight1, gamma, beta, weight2, norms, *kept)
         return out
 
@@ -104,7 +104,7 @@ class _ExpandAndProject(torch.autograd.Function):
             scale = gamma * response(norms[pictures]) + 1
             for part, h, a, g in zip(parts, hidden, active, grads, strict=True):
                 grad_bias1 += gelu_backward(h, scale, beta, slope, g, a).sum((0, 1))
-                grad_x = _put(grad_x, part, linear(g, weight1.t()))
+                grad_x[part] = linear(g, weight1.t())
                 if of_weight1:
                     grad_weight1 = _add_product(grad_weight1, g, x[part])
                 if of_weight2:
@@ -130,14 +130,6 @@ def _slices(count: int, size: int) -> Iterator[slice]:
     """Cut into equal slices of ``size`` at most, of which the last may be shorter."""
     size = math.ceil(count / math.ceil(count / max(size, 1)))
     return (slice(i, min(i + size, count)) for i in range(0, count, size))
-
-
-def _put(whole: Tensor, part: tuple[slice, slice], piece: Tensor) -> Tensor:
-    """Put a piece into the whole, unless it is all of it already."""
-    if piece.shape == whole.shape:
-        return piece
-    whole[part] = piece
-    return whole
 
 
 def _add_product(sums: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
