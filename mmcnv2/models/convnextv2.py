@@ -20,6 +20,7 @@ from .layouts import (
     PackedLayout,
     import_minkowski_engine,
 )
+from .shortcuts import is_traced
 
 # The official repository's table, by its names.
 ARCHITECTURES: dict[str, dict[str, Sequence[int]]] = {
@@ -143,7 +144,9 @@ class ConvNeXtV2(BaseModule):
         conv = nn.Conv2d(previous, dim, kernel_size=2, stride=2)
         return nn.Sequential(nn.LayerNorm(previous, eps=1e-6), conv)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, num_visible: int | None = None
+    ) -> tuple[Tensor, ...]:
         """Compute the features of pictures, or of their visible patches alone.
 
         Args:
@@ -151,6 +154,9 @@ class ConvNeXtV2(BaseModule):
                 pixels; it need not be a multiple of 32 unless there is a mask.
             mask (Tensor, optional): ``(N, H / 32, W / 32)``, bool, True where a patch
                 is hidden, with equally many visible patches in every picture.
+            num_visible (int, optional): That number, where it is known beforehand.
+                ``torch.compile`` needs it, and takes it as true, to make a single graph
+                that serves all masks. Counted by default.
 
         Returns:
             tuple[Tensor]: For each of ``out_indices``, in ascending order, features
@@ -159,12 +165,12 @@ class ConvNeXtV2(BaseModule):
             ``gap_before_final_norm``, means over them, ``(N, dims[i])``.
 
         Raises:
-            ValueError: If the pictures or the mask have the wrong shape.
+            ValueError: If the pictures or the mask have the wrong shape, if a picture
+                is hidden entirely, or if ``num_visible`` patches are not what each
+                shows.
         """
         self._check_pictures(x)
-        if mask is not None:
-            _check_mask(x, mask)
-        layout = DenseLayout() if mask is None else SPARSE_LAYOUTS[self.sparse](mask)
+        layout = self._layout(x, mask, num_visible)
         outs = []
         for i, stage in enumerate(self.stages):
             x = self._downsample(i, x, layout)
@@ -173,6 +179,17 @@ class ConvNeXtV2(BaseModule):
             if i in self.out_indices:
                 outs.append(self._output(i, x, layout))
         return tuple(outs)
+
+    def _layout(
+        self, x: Tensor, mask: Tensor | None, num_visible: int | None
+    ) -> Layout:
+        if mask is None:
+            return DenseLayout()
+        _check_mask(x, mask)
+        # What is traced must not depend on values.
+        if num_visible is None or not is_traced():
+            num_visible = _count_visible(mask, num_visible)
+        return SPARSE_LAYOUTS[self.sparse](mask, num_visible)
 
     def _downsample(self, stage: int, x: Tensor, layout: Layout) -> Tensor:
         first, second = self.downsample_layers[stage]
@@ -295,11 +312,27 @@ def _check_mask(x: Tensor, mask: Tensor) -> None:
             f'a bool mask of shape {expected} expected, but got {mask.dtype} of shape '
             f'{tuple(mask.shape)}'
         )
-    if mask.flatten(1).all(1).any():
+
+
+def _count_visible(mask: Tensor, expected: int | None) -> int:
+    """Return how many patches each picture shows."""
+    counts = (~mask).flatten(1).sum(1).tolist()
+    if 0 in counts:
         raise ValueError(
             'the mask hides a picture entirely; leave at least one of its patches '
             'visible'
         )
+    if len(set(counts)) > 1:
+        raise ValueError(
+            'a mask hides equally many patches of each picture, but the numbers of '
+            f'visible ones are {counts}'
+        )
+    if expected not in (None, counts[0]):
+        raise ValueError(
+            f'num_visible is {expected}, but the mask shows {counts[0]} patches of '
+            'each picture; give that number, or none'
+        )
+    return counts[0]
 
 
 def _resolve_arch(

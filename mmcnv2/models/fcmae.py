@@ -12,6 +12,7 @@ from ..registry import MODELS, WEIGHT_INITIALIZERS
 from .convnextv2 import STRIDE, ConvNeXtV2, check_masked_size
 from .layers import INIT_CFG, Block
 from .layouts import DenseLayout
+from .shortcuts import is_traced
 
 
 @MODELS.register_module()
@@ -101,21 +102,27 @@ class FCMAE(BaseModel):
             mask = mask.to(inputs.device)
         if mode == 'predict':
             return self.predict(inputs, data_samples, mask)
+        num_visible = None
         if mask is None:
             mask = self.random_mask(inputs, generator)
+            num_visible = count_visible(inputs, self.mask_ratio)
         if mode == 'tensor':
-            return self.reconstruct(inputs, mask)
+            return self.reconstruct(inputs, mask, num_visible)
         if mode == 'loss':
-            prediction = self.reconstruct(inputs, mask)
+            prediction = self.reconstruct(inputs, mask, num_visible)
             return dict(loss=self.head.loss(prediction, inputs, mask).mean())
         raise ValueError(f"mode is '{mode}'; give 'loss', 'predict' or 'tensor'")
 
-    def reconstruct(self, inputs: Tensor, mask: Tensor) -> Tensor:
+    def reconstruct(
+        self, inputs: Tensor, mask: Tensor, num_visible: int | None = None
+    ) -> Tensor:
         """Predict every patch from the visible ones.
 
         Args:
             inputs (Tensor): Normalised pictures, ``(N, C, H, W)``.
             mask (Tensor): ``(N, h, w)``, bool, True where a patch is hidden.
+            num_visible (int, optional): Patches of each picture that are not, as
+                :meth:`ConvNeXtV2.forward` takes it.
 
         Returns:
             Tensor: ``(N, h, w, 32 * 32 * C)``.
@@ -123,12 +130,12 @@ class FCMAE(BaseModel):
         Raises:
             ValueError: If the mask hides nothing or everything, or has the wrong shape.
         """
-        if not mask.any():
+        if not is_traced() and not mask.any():
             raise ValueError(
                 'the mask hides no patch, so there is nothing to reconstruct; hide at '
                 'least one of each picture'
             )
-        (features,) = self.backbone(inputs, mask)
+        (features,) = self.backbone(inputs, mask, num_visible)
         return self.neck(features, mask)
 
     def random_mask(
@@ -291,12 +298,13 @@ class FCMAEHead(BaseModule):
             Tensor: The mean squared error over the hidden patches of each picture,
             ``(N,)``, in float32 at least.
         """
-        hidden = _precise(patchify(pictures)[mask])
+        target = _precise(patchify(pictures))
         if self.norm_pix:
-            mean, std = _patch_statistics(hidden)
-            hidden = (hidden - mean) / std
-        error = (_precise(prediction[mask]) - hidden).square().mean(-1)
-        return error.view(len(mask), -1).mean(1)
+            mean, std = _patch_statistics(target)
+            target = (target - mean) / std
+        error = (_precise(prediction) - target).square().mean(-1)
+        hidden = error.masked_fill(~mask, 0).flatten(1).sum(1)
+        return hidden / mask.flatten(1).sum(1)
 
     def fill_in(self, prediction: Tensor, pictures: Tensor, mask: Tensor) -> Tensor:
         """Put the predicted patches into the hidden places of pictures.
@@ -378,22 +386,42 @@ def draw_mask(
         ValueError: If all patches would be hidden, or all visible, or if sides are no
             multiples of 32.
     """
-    check_masked_size(pictures)
+    visible = count_visible(pictures, mask_ratio)
     n, _, height, width = pictures.shape
     h, w = height // STRIDE, width // STRIDE
-    # As the paper's code rounds; the tiny number mends 10 * (1 - 0.9) < 1.
-    visible = int(h * w * (1 - mask_ratio) + 1e-6)
-    if not 0 < visible < h * w:
-        raise ValueError(
-            f'a mask_ratio of {mask_ratio} leaves {visible} of the {h * w} '
-            f'patches of {height} x {width} pixels visible; take larger pictures '
-            'or another ratio, so that some are visible and some hidden'
-        )
     device = pictures.device if generator is None else generator.device
     order = torch.rand(n, h * w, device=device, generator=generator).argsort(1)
     mask = torch.ones_like(order, dtype=torch.bool)
     mask.scatter_(1, order[:, :visible], False)
     return mask.view(n, h, w).to(pictures.device)
+
+
+def count_visible(pictures: Tensor, mask_ratio: float) -> int:
+    """Count the patches of each picture that a mask leaves visible.
+
+    Args:
+        pictures (Tensor): ``(N, C, H, W)``.
+        mask_ratio (float): The share that it hides, in (0, 1).
+
+    Returns:
+        int: How many, rounded down as in the paper's code.
+
+    Raises:
+        ValueError: If all patches would be hidden, or all visible, or if sides are no
+            multiples of 32.
+    """
+    check_masked_size(pictures)
+    height, width = pictures.shape[2:]
+    patches = (height // STRIDE) * (width // STRIDE)
+    # The tiny number mends 10 * (1 - 0.9) < 1.
+    visible = int(patches * (1 - mask_ratio) + 1e-6)
+    if not 0 < visible < patches:
+        raise ValueError(
+            f'a mask_ratio of {mask_ratio} leaves {visible} of the {patches} '
+            f'patches of {height} x {width} pixels visible; take larger pictures '
+            'or another ratio, so that some are visible and some hidden'
+        )
+    return visible
 
 
 def patchify(pictures: Tensor) -> Tensor:

@@ -206,7 +206,7 @@ def test_what_is_put_in_its_place_is_run(changes, kind):
     assert not is_quicker_by_tiles(conv, x)
     expected = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     assert torch.equal(DenseLayout().depthwise(conv, x), expected)
-    packed = PackedLayout(torch.zeros(1, 1, 1, dtype=torch.bool))
+    packed = PackedLayout(torch.zeros(1, 1, 1, dtype=torch.bool), num_visible=1)
     tokens = packed.depthwise(conv, x.flatten(1, 2))
     torch.testing.assert_close(tokens.view_as(x), expected)
 
@@ -217,6 +217,6 @@ def test_tables_are_on_the_cpu_wherever_tensors_are_made():
     with torch.device('meta'):
         for layout, features in (
             (DenseLayout(), x),
-            (PackedLayout(mask), x[:, :, :8].flatten(1, 2)),
+            (PackedLayout(mask, num_visible=1), x[:, :, :8].flatten(1, 2)),
         ):
             assert layout.depthwise(conv, features).isfinite().all()

@@ -127,6 +127,21 @@ def test_loss_keeps_double_precision():
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
 
 
+def test_compiles_to_one_graph():
+    model = fcmae()
+    compiled = torch.compile(model.forward, fullgraph=True, backend='aot_eager')
+    for seed, stance in enumerate(('default', *['fail_on_recompile'] * 2)):
+        pictures, grads = torch.randn(2, 3, 64, 96), []
+        for run in (compiled, model):
+            model.zero_grad()
+            torch.manual_seed(seed)
+            with torch.compiler.set_stance(stance):
+                run(pictures, mode='loss')['loss'].backward()
+            grads.append([param.grad for param in model.parameters()])
+        for grad, expected in zip(*grads, strict=True):
+            torch.testing.assert_close(grad, expected)
+
+
 def test_loss_does_not_see_visible_targets():
     model = fcmae()
     pictures = torch.randn(1, 3, 64, 64)
@@ -301,7 +316,7 @@ def test_shape_of_pictures(shape, message):
 def test_mask_from_outside_follows_the_pictures(monkeypatch):
     """To a device that holds no values, so what comes after has to be left out."""
     model = fcmae()
-    monkeypatch.setattr(model, 'reconstruct', lambda inputs, mask: mask)
+    monkeypatch.setattr(model, 'reconstruct', lambda inputs, mask, _: mask)
     pictures = torch.zeros(1, 3, 64, 64, device='meta')
     mask = model(pictures, mask=torch.tensor([[[True, False], [False, True]]]))
     assert mask.device == pictures.device

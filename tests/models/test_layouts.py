@@ -192,6 +192,26 @@ def test_wrong_masks():
         model(image, all_hidden)
     with pytest.raises(ValueError, match=r'multiples of 32, but got \(64, 97\)'):
         model(torch.zeros(2, 3, 64, 97), torch.zeros(2, 2, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match='num_visible is 5, but the mask shows 6 pat'):
+        model(image, torch.zeros(2, 2, 3, dtype=torch.bool), num_visible=5)
+
+
+def test_compiles_to_one_graph_for_all_masks():
+    model = encoder(CUSTOM, torch.float32)
+    params = list(model.parameters())
+    # The graph itself is what is tested; generating C++ for it would only take long.
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    for stance in ('default', 'fail_on_recompile', 'fail_on_recompile'):
+        image, mask = torch.randn(2, 3, 96, 128), random_mask(2, 3, 4, 0.6)
+        with torch.compiler.set_stance(stance):
+            outs = compiled(image, mask, num_visible=5)
+        expected = model(image, mask)
+        torch.testing.assert_close(outs, expected, **TOLERANCE[torch.float32])
+        grads, expected_grads = (
+            torch.autograd.grad(sum(x.square().sum() for x in each), params)
+            for each in (outs, expected)
+        )
+        torch.testing.assert_close(grads, expected_grads, rtol=1e-3, atol=1e-3)
 
 
 def test_unknown_sparse_layout():

@@ -31,7 +31,7 @@ def test_unpack_tokens():
     conv = nn.Conv2d(2, 2, kernel_size=4, stride=4)
     picture = torch.randn(1, 2, 64, 96)
     with torch.no_grad():
-        [tokens] = PackedLayout(mask[None]).stem(conv, picture)
+        [tokens] = PackedLayout(mask[None], num_visible=4).stem(conv, picture)
         dense = conv(picture)[0].permute(1, 2, 0)
     hidden = mask.repeat_interleave(8, 0).repeat_interleave(8, 1)
     found = unpack_tokens(tokens, mask)

@@ -49,17 +49,16 @@ class MinkowskiLayout(PackedLayout):
     they are only seen in MinkowskiEngine's order, where a kernel's rows vary fastest.
 
     Args:
-        mask (Tensor): ``(N, h, w)``, bool, True where a patch is hidden, with equally
-            many visible patches in every picture.
+        mask (Tensor): ``(N, h, w)``, bool, True where a patch is hidden.
+        num_visible (int): Patches of each picture that are not.
 
     Raises:
         ImportError: If MinkowskiEngine is not installed.
         RuntimeError: If it cannot run where the mask is.
-        ValueError: If pictures differ in their number of visible patches.
     """
 
-    def __init__(self, mask: Tensor) -> None:
-        super().__init__(mask)
+    def __init__(self, mask: Tensor, num_visible: int) -> None:
+        super().__init__(mask, num_visible)
         self.engine = import_minkowski_engine()
         if mask.is_cuda and not self.engine.is_cuda_available():
             raise RuntimeError(

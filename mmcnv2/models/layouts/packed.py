@@ -13,7 +13,7 @@ from ..depthwise import (
     is_depthwise,
     is_quicker_by_tiles,
 )
-from ..shortcuts import is_observed
+from ..shortcuts import is_observed, is_traced
 from ..tiles import Tiles
 
 
@@ -28,23 +28,16 @@ class PackedLayout:
     there are not kept: a submanifold convolution (ConvNeXt V2, section 3).
 
     Args:
-        mask (Tensor): ``(N, h, w)``, bool, True where a patch is hidden, with equally
-            many visible patches in every picture.
-
-    Raises:
-        ValueError: If pictures differ in their number of visible patches.
+        mask (Tensor): ``(N, h, w)``, bool, True where a patch is hidden.
+        num_visible (int): Patches of each picture that are not.
     """
 
-    def __init__(self, mask: Tensor) -> None:
-        visible = ~mask
-        counts = visible.flatten(1).sum(1)
-        if (counts != counts[0]).any():
-            raise ValueError(
-                'a mask hides equally many patches of each picture, but the numbers '
-                f'of visible ones are {counts.tolist()}'
-            )
-        self.visible = visible
-        self.patches = visible.flatten().nonzero().squeeze(1)
+    def __init__(self, mask: Tensor, num_visible: int) -> None:
+        self.visible = ~mask
+        # Sorted and not searched for, so that no shape depends on the mask's values.
+        order = mask.flatten(1).byte().argsort(dim=1, stable=True)
+        first = torch.arange(len(mask), device=mask.device) * order.shape[1]
+        self.patches = (order[:, :num_visible] + first[:, None]).flatten()
         self._tiles_by_side: dict[int, Tiles] = {}
         self._tables: dict[int, Tensor] = {}
 
@@ -59,7 +52,8 @@ class PackedLayout:
         side = self._side(x)
         if side in Tiles.SIDES and is_quicker_by_tiles(conv, x):
             return convolve_tiles(conv, x, self._tiles(side))
-        if is_observed(conv) or not is_depthwise(conv, x.shape[-1]):
+        plain = is_traced() or is_observed(conv)
+        if plain or not is_depthwise(conv, x.shape[-1]):
             return self.pick(conv(self.fill(x)), x)
         return _ConvolveInPictures.apply(*autocast(x, conv), self)
 
