@@ -8,6 +8,7 @@ import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import truediv
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -97,8 +98,21 @@ class Contender:
             seconds=median(self.seconds),
             fastest=min(self.seconds),
             slowest=max(self.seconds),
+            turns=self.seconds,
             peak_mib=self.peak / 2**20,
         )
+
+    def times(self, other: 'Contender') -> float:
+        """Return how many times as long as another it takes.
+
+        Args:
+            other: What has been measured in the same turns.
+
+        Returns:
+            The median of the quotients of each turn: a machine's pace changes more
+            from one minute to the next than within a turn.
+        """
+        return median(map(truediv, self.seconds, other.seconds))
 
 
 def measure(contenders: Sequence[Contender], rounds: int, device: str) -> None:

@@ -54,16 +54,16 @@ class _GRNFunction(torch.autograd.Function):
     def forward(ctx, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
         norm = _norms(x)
         scale = gamma * response(norm) + 1
-        ctx.save_for_backward(x, gamma, beta, norm)
+        ctx.save_for_backward(x, gamma, beta, norm, scale)
         return torch.addcmul(beta.to(x.dtype), x, scale.to(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
-        x, gamma, beta, norm = ctx.saved_tensors
+        x, gamma, beta, norm, scale = ctx.saved_tensors
         grad_scale = sum_of_products(grad, x, norm.dtype)
         grad_gamma, slope = through_scale(grad_scale, gamma, norm)
-        grad_x = grad * (gamma * response(norm) + 1) + x * slope
+        grad_x = grad * scale + x * slope
         grad_beta = grad.sum((0, 1), dtype=norm.dtype)
         return grad_x.to(x.dtype), grad_gamma.to(gamma.dtype), grad_beta.to(beta.dtype)
 
@@ -107,10 +107,9 @@ def through_scale(grad: Tensor, gamma: Tensor, norm: Tensor) -> tuple[Tensor, Te
 
     The latter is a multiple of the features, by channel, which is returned.
     """
-    relative, mean = response(norm), _mean(norm)
-    grad_gamma = (grad * relative).sum((0, 1))
+    mean = _mean(norm)
+    of_gamma = grad * (norm / mean)
     # Each channel's own norm, and the mean of all.
-    grad_response = grad * gamma
-    through_mean = (grad_response * relative).mean(dim=-1, keepdim=True)
-    grad_norm = (grad_response - through_mean) / mean
-    return grad_gamma, torch.where(norm > 0, grad_norm / norm, 0)
+    through_mean = (of_gamma * gamma).mean(dim=-1, keepdim=True)
+    grad_norm = (grad * gamma - through_mean) / mean
+    return of_gamma.sum((0, 1)), torch.where(norm > 0, grad_norm / norm, 0)

@@ -55,8 +55,8 @@ def expand_and_project(
         x.flatten(1, -2),
         pwconv1.weight,
         pwconv1.bias,
-        grn.gamma.flatten(),
-        grn.beta.flatten(),
+        grn.gamma,
+        grn.beta,
         pwconv2.weight,
         pwconv2.bias,
         torch.is_grad_enabled(),
@@ -70,25 +70,26 @@ class _ExpandAndProject(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight1, bias1, gamma, beta, weight2, bias2, keep) -> Tensor:
         keep = keep and any(ctx.needs_input_grad)
-        norms = x.new_empty(len(x), 1, len(weight1))
+        ctx.shape, gamma, beta = gamma.shape, gamma.flatten(), beta.flatten()
+        norms, scales = x.new_empty(2, len(x), 1, len(weight1))
         out, kept = torch.empty_like(x), []
         for pictures, parts in _groups(x, len(weight1)):
             hidden = [linear(x[part], weight1, bias1) for part in parts]
             kept += hidden if keep else []
             pairs = [gelu_products(h, in_place=not keep) for h in hidden]
             active, squares = zip(*pairs, strict=True)
-            norms[pictures] = total(squares).sqrt_()
-            scale = gamma * response(norms[pictures]) + 1
+            norm = norms[pictures] = total(squares).sqrt_()
+            scale = scales[pictures] = gamma * response(norm) + 1
             for part, a in zip(parts, active, strict=True):
                 torch.addcmul(beta, a, scale, out=a)
                 out[part] = linear(a, weight2, bias2)
-        ctx.save_for_backward(x, weight1, gamma, beta, weight2, norms, *kept)
+        ctx.save_for_backward(x, weight1, gamma, beta, weight2, norms, scales, *kept)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight1, gamma, beta, weight2, norms, *kept = ctx.saved_tensors
+        x, weight1, gamma, beta, weight2, norms, scales, *kept = ctx.saved_tensors
         grad_x, grad_bias2 = torch.empty_like(x), grad.sum((0, 1))
         grad_bias1, grad_gamma = torch.zeros_like(gamma), torch.zeros_like(gamma)
         grad_weight1 = grad_weight2 = None
@@ -101,7 +102,7 @@ class _ExpandAndProject(torch.autograd.Function):
             active, products = zip(*pairs, strict=True)
             of_gamma, slope = through_scale(total(products), gamma, norms[pictures])
             grad_gamma += of_gamma
-            scale = gamma * response(norms[pictures]) + 1
+            scale = scales[pictures]
             for part, h, a, g in zip(parts, hidden, active, grads, strict=True):
                 grad_bias1 += gelu_backward(h, scale, beta, slope, g, a).sum((0, 1))
                 grad_x[part] = linear(g, weight1.t())
@@ -109,9 +110,10 @@ class _ExpandAndProject(torch.autograd.Function):
                     grad_weight1 = _add_product(grad_weight1, g, x[part])
                 if of_weight2:
                     grad_weight2 = _add_product(grad_weight2, grad[part], a)
+        grad_beta = weight2.t() @ grad_bias2
         return (
-            *(grad_x, grad_weight1, grad_bias1, grad_gamma),
-            *(weight2.t() @ grad_bias2, grad_weight2, grad_bias2, None),
+            *(grad_x, grad_weight1, grad_bias1, grad_gamma.view(ctx.shape)),
+            *(grad_beta.view(ctx.shape), grad_weight2, grad_bias2, None),
         )
 
 

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+_HAS_AVX = torch.backends.cpu.get_cpu_capability().startswith('AVX')
+
 
 def is_traced() -> bool:
     """Tell whether a compiler or an exporter looks on, which wants plain operations."""
@@ -28,6 +30,4 @@ def is_observed(*modules: nn.Module) -> bool:
 def has_onednn(x: Tensor) -> bool:
     """Tell whether oneDNN computes on a tensor, with the kernels that are quick."""
     onednn = torch.backends.mkldnn
-    known = torch.backends.cpu.get_cpu_capability().startswith('AVX')
-    present = onednn.is_available() and bool(onednn.enabled)
-    return x.device.type == 'cpu' and known and present
+    return x.is_cpu and _HAS_AVX and onednn.is_available() and bool(onednn.enabled)

@@ -8,6 +8,7 @@ given --forms, and the quickest counts.
 
 import argparse
 from copy import deepcopy
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -114,15 +115,17 @@ def differences(
 
 
 def rows_of(contenders: list[Contender]) -> list[dict]:
-    rows = [each.row() for each in contenders]
-    best: dict[str, float] = {}
-    for row in rows:
-        name = row['backbone']
-        best[name] = min(row['seconds'], best.get(name, row['seconds']))
-    for row in rows:
-        row['times_ours'] = row['seconds'] / best['ours']
-        row['counts'] = 'yes' if row['seconds'] == best[row['backbone']] else ''
-    return rows
+    best: dict[str, Contender] = {}
+    for each in sorted(contenders, key=lambda each: median(each.seconds)):
+        best.setdefault(each.what['backbone'], each)
+    return [
+        each.row()
+        | dict(
+            times_ours=each.times(best['ours']),
+            counts='yes' if each in best.values() else '',
+        )
+        for each in contenders
+    ]
 
 
 def main() -> None:

@@ -96,14 +96,17 @@ def key(name: str, ratio: float) -> tuple[str, float | None]:
 
 
 def rows_of(contenders: dict[str, Contender], mask: Tensor, **more) -> list[dict]:
-    rows = {name: each.row() for name, each in contenders.items()}
-    packed = rows['packed']
-    for row in rows.values():
-        row['times_packed'] = row['seconds'] / packed['seconds']
-        row['times_packed_memory'] = row['peak_mib'] / packed['peak_mib']
-        row['limit'] = 1 / (~mask).float().mean().item()
-        row.update(more)
-    return list(rows.values())
+    packed = contenders['packed']
+    found = dict(more, limit=1 / (~mask).float().mean().item())
+    return [
+        each.row()
+        | found
+        | dict(
+            times_packed=each.times(packed),
+            times_packed_memory=each.peak / packed.peak,
+        )
+        for each in contenders.values()
+    ]
 
 
 def main() -> None:

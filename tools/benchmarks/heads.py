@@ -223,11 +223,12 @@ def differences(
 
 
 def rows_of(contenders: list[Contender], apart: dict[str, float]) -> list[dict]:
-    rows = [each.row() for each in contenders]
-    for row in rows:
-        row['times_ours'] = row['seconds'] / rows[0]['seconds']
-        row['difference'] = apart[row['backbone']]
-    return rows
+    ours = contenders[0]
+    return [
+        each.row()
+        | dict(times_ours=each.times(ours), difference=apart[each.what['backbone']])
+        for each in contenders
+    ]
 
 
 def main() -> None:

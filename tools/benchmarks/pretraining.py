@@ -124,7 +124,9 @@ class Tokens(nn.Module):
         super().__init__()
         self.encoder = encoder
 
-    def forward(self, pictures: Tensor, mask: Tensor) -> tuple[Tensor]:
+    def forward(
+        self, pictures: Tensor, mask: Tensor, num_visible: int | None
+    ) -> tuple[Tensor]:
         (features,) = self.encoder(pictures, mask)
         return (visible(features, mask).unflatten(0, (len(mask), -1)),)
 
