@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from . import kernels
-from .shortcuts import is_observed
+from .shortcuts import dtype_of, is_observed
 from .tiles import Tiles
 
 
@@ -21,7 +21,7 @@ def is_quicker_by_tiles(conv: nn.Conv2d, x: Tensor) -> bool:
     """
     fits = kernels.fit(x, *conv.parameters()) and is_depthwise(conv, x.shape[-1])
     known = torch.float32, torch.bfloat16
-    return fits and _dtype_of(x) in known and not is_observed(conv)
+    return fits and dtype_of(x) in known and not is_observed(conv)
 
 
 def is_depthwise(conv: nn.Module, channels: int) -> bool:
@@ -70,14 +70,8 @@ def autocast(x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Tensor, Tensor]:
         tuple[Tensor, Tensor, Tensor]: Input, weight and bias in one dtype: autocast's
         if it is on, or else that of the input.
     """
-    dtype = _dtype_of(x)
+    dtype = dtype_of(x)
     return x.to(dtype), conv.weight.to(dtype), conv.bias.to(dtype)
-
-
-def _dtype_of(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    autocasts = torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if autocasts else x.dtype
 
 
 class _ConvolveTiles(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """GELU and what a block does around it, by one kernel where there is one.
 
 All take contiguous features ``(N, P, C)`` and return sums over positions,
-``(N, 1, C)``.
+``(N, 1, C)``, in 32 bits at least.
 """
 
 import torch
@@ -30,10 +30,11 @@ def gelu_products(
         tuple[Tensor, Tensor]: GELU, and the sums.
     """
     active = x if in_place else torch.empty_like(x)
-    if _fits(x):
+    if _fits(x, torch.float32, torch.bfloat16):
         return active, kernels.sum_gelu('gelu_products', x, grad, active)
     _gelu(x, out=active)
-    return active, sum_of_products(active, active if grad is None else grad)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return active, sum_of_products(active, active if grad is None else grad, dtype)
 
 
 def gelu_backward(
@@ -53,7 +54,7 @@ def gelu_backward(
     Returns:
         Tensor: The sums of the gradient.
     """
-    if _fits(x):
+    if _fits(x, torch.float32):
         factors = (each.to(x.dtype) for each in (scale, shift, slope))
         return kernels.sum_gelu('gelu_backward', x, *factors, grad, active)
     grad.mul_(scale).addcmul_(active, slope)
@@ -62,5 +63,5 @@ def gelu_backward(
     return grad.sum(1, keepdim=True)
 
 
-def _fits(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and kernels.fit(x)
+def _fits(x: Tensor, *dtypes: torch.dtype) -> bool:
+    return x.dtype in dtypes and kernels.fit(x)

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from .gelu import gelu_backward, gelu_products
 from .grn import GRN, response, through_scale, total
 from .linear import linear
-from .shortcuts import is_traced
+from .shortcuts import dtype_of, is_traced
 
 # Expanded features that are dealt with at a time: what a last-level cache holds.
 _PART = 1 << 22
@@ -20,7 +20,7 @@ _PART = 1 << 22
 def is_quicker_by_parts(x: Tensor) -> bool:
     """Tell whether :func:`expand_and_project` is the quick way.
 
-    It is on CPUs, in 32 and 64 bits; in 16 sums over positions could overflow.
+    It is on CPUs, in 32 and 64 bits, and in bfloat16 where no gradients are wanted.
 
     Args:
         x (Tensor): Features, ``(N, ..., C)``.
@@ -28,9 +28,9 @@ def is_quicker_by_parts(x: Tensor) -> bool:
     Returns:
         bool: Whether it is. Never while a model is traced or compiled.
     """
-    exact = x.dtype in (torch.float32, torch.float64)
-    on_cpu = x.device.type == 'cpu' and not torch.is_autocast_enabled('cpu')
-    return on_cpu and exact and not is_traced()
+    dtypes = [torch.float32, torch.float64]
+    dtypes += [] if torch.is_grad_enabled() else [torch.bfloat16]
+    return x.is_cpu and dtype_of(x) in dtypes and not is_traced()
 
 
 def expand_and_project(
@@ -49,16 +49,17 @@ def expand_and_project(
         pwconv2 (nn.Linear): From ``D`` channels to ``C``.
 
     Returns:
-        Tensor: Features of the same shape and dtype.
+        Tensor: Features of the same shape, in the dtype of ``x``, or in autocast's.
     """
+    dtype = dtype_of(x)
     out = _ExpandAndProject.apply(
-        x.flatten(1, -2),
-        pwconv1.weight,
-        pwconv1.bias,
+        x.flatten(1, -2).to(dtype),
+        pwconv1.weight.to(dtype),
+        pwconv1.bias.to(dtype),
         grn.gamma,
-        grn.beta,
-        pwconv2.weight,
-        pwconv2.bias,
+        grn.beta.to(dtype),
+        pwconv2.weight.to(dtype),
+        pwconv2.bias.to(dtype),
         torch.is_grad_enabled(),
     )
     return out.view_as(x)
@@ -71,7 +72,8 @@ class _ExpandAndProject(torch.autograd.Function):
     def forward(ctx, x, weight1, bias1, gamma, beta, weight2, bias2, keep) -> Tensor:
         keep = keep and any(ctx.needs_input_grad)
         ctx.shape, gamma, beta = gamma.shape, gamma.flatten(), beta.flatten()
-        norms, scales = x.new_empty(2, len(x), 1, len(weight1))
+        precise = torch.promote_types(x.dtype, torch.float32)
+        norms, scales = x.new_empty(2, len(x), 1, len(weight1), dtype=precise)
         out, kept = torch.empty_like(x), []
         for pictures, parts in _groups(x, len(weight1)):
             hidden = [linear(x[part], weight1, bias1) for part in parts]
@@ -80,6 +82,7 @@ class _ExpandAndProject(torch.autograd.Function):
             active, squares = zip(*pairs, strict=True)
             norm = norms[pictures] = total(squares).sqrt_()
             scale = scales[pictures] = gamma * response(norm) + 1
+            scale = scale.to(x.dtype)
             for part, a in zip(parts, active, strict=True):
                 torch.addcmul(beta, a, scale, out=a)
                 out[part] = linear(a, weight2, bias2)

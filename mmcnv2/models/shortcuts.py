@@ -27,6 +27,13 @@ def is_observed(*modules: nn.Module) -> bool:
     return own or bool(_has_any_global_hook())
 
 
+def dtype_of(x: Tensor) -> torch.dtype:
+    """Return the dtype that a layer computes in: autocast's if it is on."""
+    device = x.device.type
+    autocasts = torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocasts else x.dtype
+
+
 def has_onednn(x: Tensor) -> bool:
     """Tell whether oneDNN computes on a tensor, with the kernels that are quick."""
     onednn = torch.backends.mkldnn

@@ -48,6 +48,22 @@ def test_squares(shape, in_place):
 
 @pytest.mark.usefixtures('means')
 @pytest.mark.parametrize('shape', SHAPES, ids=str)
+@pytest.mark.parametrize('in_place', [False, True])
+def test_squares_in_16_bits(shape, in_place):
+    x = draw(*shape).bfloat16()
+    expected = gelu(x.double())
+    active, sums = gelu_products(x, in_place=in_place)
+    assert active.dtype == torch.bfloat16
+    # Half of the last place, of eight; far below zero as exact as in 32 bits.
+    assert ((active - expected).abs() <= 2**-8 * expected.abs() + 1e-6).all()
+    squares = expected.square().sum(1, keepdim=True)
+    assert sums.dtype == torch.float32
+    torch.testing.assert_close(sums.double(), squares, rtol=2**-7, atol=1e-6)
+    assert (active is x) == in_place
+
+
+@pytest.mark.usefixtures('means')
+@pytest.mark.parametrize('shape', SHAPES, ids=str)
 def test_products(shape):
     x, grad = draw(*shape), draw(*shape).flip(2)
     expected = gelu(x.double())

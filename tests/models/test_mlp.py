@@ -77,11 +77,32 @@ def test_shapes_are_divided_as_they_are_meant_to_be():
     assert alone == [slice(0, 1), slice(1, 2)]
 
 
+@pytest.mark.parametrize(('shape', 'hidden'), SHAPES, ids=str)
+def test_bfloat16_is_as_exact_as_one_after_the_other(shape, hidden):
+    torch.manual_seed(0)
+    made = layers(shape[-1], hidden, torch.float32)
+    x = torch.randn(shape)
+    with torch.no_grad():
+        exact = plain(x, *made)
+        with torch.autocast('cpu'):
+            found = mlp.expand_and_project(x, *made)
+            pwconv1, grn, pwconv2 = made
+            other = pwconv2(grn(nn.functional.gelu(pwconv1(x))))
+    assert found.dtype == other.dtype == torch.bfloat16
+    apart, usual = ((each - exact).abs() for each in (found, other))
+    assert apart.max() <= 1.25 * usual.max()
+    assert apart.mean() <= 1.25 * usual.mean()
+
+
 def test_kinds_that_it_is_for():
-    assert mlp.is_quicker_by_parts(torch.zeros(1, 8, 8, 16))
-    assert not mlp.is_quicker_by_parts(torch.zeros(1, 8, 8, 16, dtype=torch.bfloat16))
-    with torch.autocast('cpu'):
-        assert not mlp.is_quicker_by_parts(torch.zeros(1, 8, 8, 16))
+    x = torch.zeros(1, 8, 8, 16)
+    assert mlp.is_quicker_by_parts(x)
+    for training in (True, False):
+        with torch.set_grad_enabled(training):
+            assert mlp.is_quicker_by_parts(x.bfloat16()) != training
+            assert not mlp.is_quicker_by_parts(x.half())
+            with torch.autocast('cpu'):
+                assert mlp.is_quicker_by_parts(x) != training
 
 
 @pytest.mark.parametrize('name', ['pwconv1', 'act', 'grn', 'pwconv2'])
@@ -110,6 +131,9 @@ def test_what_is_put_in_the_place_of_a_layer_is_run():
     block.act = nn.ReLU()
     y = block.norm(DenseLayout().depthwise(block.dwconv, x))
     expected = block.pwconv2(block.grn(block.pwconv1(y).relu()))
+    torch.testing.assert_close(block.mlp(y), expected)
+    block.act, block.pwconv1 = nn.GELU(), nn.Linear(16, 64, bias=False)
+    expected = block.pwconv2(block.grn(nn.functional.gelu(block.pwconv1(y))))
     torch.testing.assert_close(block.mlp(y), expected)
 
 

@@ -6,6 +6,7 @@ tensor, PyTorch's own operations compute the same.
 """
 
 import warnings
+from collections.abc import Callable
 from ctypes import CDLL, Structure, byref, c_int, c_int64, c_void_p
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from ..shortcuts import is_traced
 from ..tiles import Tiles
 
-_INTERFACE = 2  # of lanes.h
+_INTERFACE = 3  # of lanes.h
 _LANES = 8  # channels that are computed at a time
 _CHUNK = 64  # positions of a picture that are summed in one go
 _GROUP = 2048  # positions whose gradients of a depthwise kernel are
@@ -144,28 +145,32 @@ def _describe(tiles: Tiles, x: Tensor) -> _Tiles:
 
 def _run(name: str, tiles: _Tiles, x: Tensor, *tensors: Tensor | None) -> None:
     """Call a function of depthwise.cpp for the dtype of ``x``."""
-    dtype = str(x.dtype).removeprefix('torch.')
     threads = c_int(torch.get_num_threads())
-    kernel = getattr(_LIBRARY, f'{name}_{dtype}')
-    kernel(byref(tiles), *map(_address, (x, *tensors)), threads)
+    _kernel(name, x)(byref(tiles), *map(_address, (x, *tensors)), threads)
+
+
+def _kernel(name: str, x: Tensor) -> Callable:
+    dtype = str(x.dtype).removeprefix('torch.')
+    return getattr(_LIBRARY, f'{name}_{dtype}')
 
 
 def sum_gelu(name: str, x: Tensor, *tensors: Tensor | None) -> Tensor:
     """Run a function of gelu.cpp, which tells what it takes and does.
 
     Args:
-        name (str): Of the function.
-        x (Tensor): Features, ``(N, P, C)``, in float32, contiguous as all others.
+        name (str): Of the function, without the dtype.
+        x (Tensor): Features, ``(N, P, C)``, contiguous as all others.
         *tensors (Tensor, optional): What else it takes before its sums.
 
     Returns:
-        Tensor: Its sums over positions, ``(N, 1, C)``.
+        Tensor: Its sums over positions, ``(N, 1, C)``, in float32.
     """
-    sums = x.new_zeros(len(x), -(-x.shape[1] // _CHUNK), x.shape[-1])
+    chunks = -(-x.shape[1] // _CHUNK)
+    sums = x.new_zeros(len(x), chunks, x.shape[-1], dtype=torch.float32)
     addresses = map(_address, (x, *tensors, sums))
     threads = c_int(torch.get_num_threads())
     sizes = map(c_int64, (*x.shape, _CHUNK))
-    getattr(_LIBRARY, name)(*sizes, *addresses, threads)
+    _kernel(name, x)(*sizes, *addresses, threads)
     return sums.sum(1, keepdim=True)
 
 

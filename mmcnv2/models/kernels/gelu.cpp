@@ -70,15 +70,35 @@ INLINE void for_chunks(Shape shape, int thread, int threads, float* sums, Each e
   }
 }
 
-FOR_EACH_CPU void run_products(Shape shape, const float* x, const float* grad,
-                               float* out, float* sums, int thread, int threads) {
-  const float* others = grad ? grad : out;
+template <typename T>
+INLINE void share_of_products(Shape shape, const T* x, const T* grad, T* out,
+                              float* sums, int thread, int threads) {
+  const T* others = grad ? grad : out;
   const auto each = [=](int64_t place, int64_t, int64_t) ALWAYS_INLINE {
     const Lanes value = load(x + place), active = value * below(value);
     store(out + place, active);
     return active * load(others + place);
   };
   for_chunks(shape, thread, threads, sums, each);
+}
+
+// Templates cannot be compiled for several CPUs, so each dtype has a function.
+FOR_EACH_CPU void run_products(Shape shape, const float* x, const float* grad,
+                               float* out, float* sums, int thread, int threads) {
+  share_of_products(shape, x, grad, out, sums, thread, threads);
+}
+FOR_EACH_CPU void run_products(Shape shape, const BFloat16* x, const BFloat16* grad,
+                               BFloat16* out, float* sums, int thread, int threads) {
+  share_of_products(shape, x, grad, out, sums, thread, threads);
+}
+
+template <typename T>
+void products(Shape shape, const T* x, const T* grad, T* out, float* sums,
+              int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int k = 0; k < threads; ++k) {
+    run_products(shape, x, grad, out, sums, k, threads);
+  }
 }
 
 FOR_EACH_CPU void run_backward(Shape shape, const float* x, const float* scale,
@@ -108,24 +128,26 @@ extern "C" {
 
 // out = gelu(x), which may be x itself, and the sums of its products with `grad`, or of
 // its squares where that is null.
-void gelu_products(int64_t pictures, int64_t positions, int64_t channels,
-                   int64_t chunk, const float* x, const float* grad, float* out,
-                   float* sums, int threads) {
-  const Shape shape{pictures, positions, channels, chunk};
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int k = 0; k < threads; ++k) {
-    run_products(shape, x, grad, out, sums, k, threads);
-  }
+void gelu_products_float32(int64_t pictures, int64_t positions, int64_t channels,
+                           int64_t chunk, const float* x, const float* grad, float* out,
+                           float* sums, int threads) {
+  products({pictures, positions, channels, chunk}, x, grad, out, sums, threads);
+}
+
+void gelu_products_bfloat16(int64_t pictures, int64_t positions, int64_t channels,
+                            int64_t chunk, const BFloat16* x, const BFloat16* grad,
+                            BFloat16* out, float* sums, int threads) {
+  products({pictures, positions, channels, chunk}, x, grad, out, sums, threads);
 }
 
 // The way back through `active * scale + shift`, where `active` is gelu(x) and each
 // position adds `active * slope` to its gradient through the scale. `grad` becomes that
 // of x, `active` becomes the shifted, and the sums are those of the gradients. `scale`
 // and `slope` are (pictures, channels), `shift` is (channels).
-void gelu_backward(int64_t pictures, int64_t positions, int64_t channels,
-                   int64_t chunk, const float* x, const float* scale,
-                   const float* shift, const float* slope, float* grad, float* active,
-                   float* sums, int threads) {
+void gelu_backward_float32(int64_t pictures, int64_t positions, int64_t channels,
+                           int64_t chunk, const float* x, const float* scale,
+                           const float* shift, const float* slope, float* grad,
+                           float* active, float* sums, int threads) {
   const Shape shape{pictures, positions, channels, chunk};
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int k = 0; k < threads; ++k) {
