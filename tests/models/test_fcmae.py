@@ -129,7 +129,8 @@ def test_loss_keeps_double_precision():
 
 def test_compiles_to_one_graph():
     model = fcmae()
-    compiled = torch.compile(model.forward, fullgraph=True, backend='aot_eager')
+    options = dict(fullgraph=True, dynamic=False, backend='aot_eager')
+    compiled = torch.compile(model.forward, **options)
     for seed, stance in enumerate(('default', *['fail_on_recompile'] * 2)):
         pictures, grads = torch.randn(2, 3, 64, 96), []
         for run in (compiled, model):

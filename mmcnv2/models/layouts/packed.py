@@ -1,7 +1,5 @@
 """Visible patches only, by kernels of our own or by torch operations alone."""
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -49,9 +47,8 @@ class PackedLayout:
         return self._tokens(conv(visible))
 
     def depthwise(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
-        side = self._side(x)
-        if side in Tiles.SIDES and is_quicker_by_tiles(conv, x):
-            return convolve_tiles(conv, x, self._tiles(side))
+        if is_quicker_by_tiles(conv, x):
+            return convolve_tiles(conv, x, self._tiles(self._side(x)))
         plain = is_traced() or is_observed(conv)
         if plain or not is_depthwise(conv, x.shape[-1]):
             return self.pick(conv(self.fill(x)), x)
@@ -90,7 +87,9 @@ class PackedLayout:
 
     def _side(self, x: Tensor) -> int:
         """Positions along the side of a tile."""
-        return math.isqrt(x.shape[0] * x.shape[1] // len(self.patches))
+        # Tried one after the other, for roots of sizes cannot be compiled.
+        tokens, tiles = x.shape[0] * x.shape[1], len(self.patches)
+        return next(side for side in Tiles.SIDES if side**2 * tiles == tokens)
 
     def fill(self, x: Tensor) -> Tensor:
         """Put tokens ``(N, T, C)`` into pictures ``(N, C, H, W)``, empty elsewhere."""
