@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+# With less, oneDNN's kernels are not the quick ones.
 _HAS_AVX = torch.backends.cpu.get_cpu_capability().startswith('AVX')
 
 
