@@ -166,8 +166,8 @@ class ConvNeXtV2(BaseModule):
 
         Raises:
             ValueError: If the pictures or the mask have the wrong shape, if a picture
-                is hidden entirely, or if ``num_visible`` patches are not what each
-                shows.
+                is hidden entirely, if pictures differ in their number of visible
+                patches, or if that is not ``num_visible``.
         """
         self._check_pictures(x)
         layout = self._layout(x, mask, num_visible)

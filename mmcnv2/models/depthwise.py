@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from . import kernels
-from .shortcuts import dtype_of, is_observed
+from .shortcuts import autocast, dtype_of, is_observed
 from .tiles import Tiles
 
 
@@ -57,21 +57,6 @@ def convolve_tiles(conv: nn.Conv2d, x: Tensor, tiles: Tiles) -> Tensor:
         Tensor: Features of the same shape.
     """
     return _ConvolveTiles.apply(*autocast(x, conv), tiles)
-
-
-def autocast(x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Tensor, Tensor]:
-    """Cast what a convolution computes with, as autocast does for PyTorch's own.
-
-    Args:
-        x (Tensor): Its input.
-        conv (nn.Conv2d): The convolution.
-
-    Returns:
-        tuple[Tensor, Tensor, Tensor]: Input, weight and bias in one dtype: autocast's
-        if it is on, or else that of the input.
-    """
-    dtype = dtype_of(x)
-    return x.to(dtype), conv.weight.to(dtype), conv.bias.to(dtype)
 
 
 class _ConvolveTiles(torch.autograd.Function):

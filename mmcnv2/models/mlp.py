@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from .gelu import gelu_backward, gelu_products
 from .grn import GRN, response, through_scale, total
 from .linear import linear
-from .shortcuts import dtype_of, is_traced
+from .shortcuts import autocast, dtype_of, is_traced
 
 # Expanded features that are dealt with at a time: what a last-level cache holds.
 _PART = 1 << 22
@@ -51,16 +51,11 @@ def expand_and_project(
     Returns:
         Tensor: Features of the same shape, in the dtype of ``x``, or in autocast's.
     """
-    dtype = dtype_of(x)
+    tokens, *first = autocast(x.flatten(1, -2), pwconv1)
+    _, *second = autocast(tokens, pwconv2)
+    gamma, beta = grn.gamma, grn.beta.to(tokens.dtype)
     out = _ExpandAndProject.apply(
-        x.flatten(1, -2).to(dtype),
-        pwconv1.weight.to(dtype),
-        pwconv1.bias.to(dtype),
-        grn.gamma,
-        grn.beta.to(dtype),
-        pwconv2.weight.to(dtype),
-        pwconv2.bias.to(dtype),
-        torch.is_grad_enabled(),
+        tokens, *first, gamma, beta, *second, torch.is_grad_enabled()
     )
     return out.view_as(x)
 

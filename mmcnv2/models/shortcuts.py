@@ -35,6 +35,21 @@ def dtype_of(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if autocasts else x.dtype
 
 
+def autocast(x: Tensor, layer: nn.Conv2d | nn.Linear) -> tuple[Tensor, Tensor, Tensor]:
+    """Cast what a layer computes with, as autocast does for PyTorch's own.
+
+    Args:
+        x (Tensor): Its input.
+        layer (nn.Conv2d | nn.Linear): The layer, which has a bias.
+
+    Returns:
+        tuple[Tensor, Tensor, Tensor]: Input, weight and bias in one dtype: autocast's
+        if it is on, or else that of the input.
+    """
+    dtype = dtype_of(x)
+    return x.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype)
+
+
 def has_onednn(x: Tensor) -> bool:
     """Tell whether oneDNN computes on a tensor, with the kernels that are quick."""
     onednn = torch.backends.mkldnn

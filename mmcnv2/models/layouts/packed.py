@@ -5,13 +5,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from ..depthwise import (
-    autocast,
-    convolve_tiles,
-    is_depthwise,
-    is_quicker_by_tiles,
-)
-from ..shortcuts import is_observed, is_traced
+from ..depthwise import convolve_tiles, is_depthwise, is_quicker_by_tiles
+from ..shortcuts import autocast, is_observed, is_traced
 from ..tiles import Tiles
 
 
