@@ -1,4 +1,4 @@
-"""Our tools as commands, each in a process of its own, without a start of its own."""
+"""Our tools as commands, each in processes of its own, without a start of their own."""
 
 import os
 import socket
@@ -14,7 +14,7 @@ from mmcnv2.engine.jobs import start_tool
 
 
 def run_tool(
-    command: Sequence[str], cwd: Path, modules: Sequence[str] = ()
+    command: Sequence[str], cwd: Path, modules: Sequence[str] = (), processes: int = 1
 ) -> subprocess.CompletedProcess:
     """Run a script of Python.
 
@@ -22,6 +22,7 @@ def run_tool(
         command: The script and its arguments.
         cwd: Where to run it.
         modules: Folders of further modules.
+        processes: How many run it together, as torchrun would start them.
 
     Returns:
         What came of it, with all that it has printed.
@@ -30,10 +31,27 @@ def run_tool(
         patch.chdir(cwd)
         patch.setattr(sys, 'path', [*modules, *sys.path])
         patch.setenv('PYTHONPATH', os.pathsep.join(modules))
-        log = Path(folder, 'log')
-        job = start_tool(command, log)
-        job.join()
-        return subprocess.CompletedProcess(command, job.exitcode, log.read_text())
+        logs = [Path(folder, str(rank)) for rank in range(processes)]
+        port, jobs = free_port(), []
+        for rank, log in enumerate(logs):
+            if processes > 1:
+                set_process(patch, rank, processes, port)
+            jobs.append(start_tool(command, log))
+        for job in jobs:
+            job.join()
+        status = next((job.exitcode for job in jobs if job.exitcode), 0)
+        printed = ''.join(log.read_text() for log in logs)
+        return subprocess.CompletedProcess(command, status, printed)
+
+
+def set_process(
+    patch: pytest.MonkeyPatch, rank: int, processes: int, port: int
+) -> None:
+    """Set what a launcher tells a process of this machine."""
+    machine = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+    process = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes)
+    for name, value in (machine | process).items():
+        patch.setenv(name, str(value))
 
 
 def free_port() -> int:

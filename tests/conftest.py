@@ -1,5 +1,6 @@
 """What tests of several folders need, and what keeps them independent."""
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -27,6 +28,13 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 # Where a shell runs them in the background, what they start would ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def spared_modules() -> None:
+    """Spare the garbage collector what is imported: each data set makes it look."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

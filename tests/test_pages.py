@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .commands import free_port, run_tool
+from .commands import free_port, run_tool, set_process
 from .configs.conftest import ALL_RECIPES, ade, scenes, small  # noqa: F401
 from .test_commands import calls_of, folder  # noqa: F401
 from .test_docs import PAGES, ROOT, blocks, python_blocks
@@ -83,10 +83,7 @@ def checkout(
     Path('configs').unlink()
     Path('data').mkdir()
     Path('data', 'demo_scenes').symlink_to(scenes)
-    machine = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()))
-    process = dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1')
-    for name, value in (machine | process).items():
-        monkeypatch.setenv(name, value)
+    set_process(monkeypatch, rank=0, processes=1, port=free_port())
     return folder
 
 

@@ -1,5 +1,6 @@
 """Our tools as processes of their own that start at once."""
 
+import gc
 import os
 import runpy
 import signal
@@ -63,6 +64,8 @@ def stop_tool(job: BaseProcess) -> None:
 def _run(
     command: list[str], log: str, folder: str, environment: dict[str, str]
 ) -> None:
+    # MMEngine collects garbage with each data set, and need not look at all modules.
+    gc.freeze()
     os.setsid()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):

@@ -82,7 +82,8 @@ def checkpoint_path(text: str) -> str:
 
 def read_config(args: Namespace) -> Config:
     """Read the config that ``config`` and ``--cfg-options`` describe."""
-    cfg = Config.fromfile(args.config)
+    cfg = _Config()
+    cfg.__setstate__(Config.fromfile(args.config).__getstate__())
     cfg.merge_from_dict(args.cfg_options or {})
     return cfg
 
@@ -183,6 +184,20 @@ def _coco_datasets(config: Any) -> Iterator[tuple[Path, dict]]:
             yield path, config
         return
     yield from _coco_datasets(list(config.values()))
+
+
+class _Config(Config):
+    """Is laid out anew when it has changed, and not each of five times in a run."""
+
+    _laid_out = ('', '')
+
+    @property
+    def pretty_text(self) -> str:
+        content = repr(self.to_dict())
+        if content != self._laid_out[0]:
+            # What is set in the ordinary way becomes a part of the config.
+            object.__setattr__(self, '_laid_out', (content, super().pretty_text))
+        return self._laid_out[1]
 
 
 class _ResumeFromRuns(Hook):

@@ -90,6 +90,7 @@ def shrink_sizes(model: ConfigDict, side: int = SIDE) -> None:
             stacked_convs=1,
             feedforward_channels=64,
             fc_out_channels=64,
+            conv_out_channels=16,
         ),
     )
 

@@ -1,8 +1,6 @@
 """Broken files through MMEngine's Runner, its loader workers, and two processes."""
 
 import logging
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,7 @@ from torch import nn
 
 from mmcnv2.models import FCMAEDataPreprocessor
 from mmcnv2.registry import HOOKS
-
-CALL = 'import test_broken_images; test_broken_images.train_as_one_of_two'
+from tests.commands import run_tool
 
 
 class Mean(BaseModel):
@@ -147,12 +144,11 @@ def test_share_out_of_range(share):
         HOOKS.build(dict(type='BrokenImagesHook', max_share=share))
 
 
-def train_as_one_of_two(folder: str, rank: int) -> None:
+def train_as_one_of_two(folder: Path) -> None:
     """Run in each of two processes, by ``test_two_processes``."""
-    meeting = f'file://{folder}.meeting'
-    torch.distributed.init_process_group('gloo', meeting, rank=rank, world_size=2)
+    torch.distributed.init_process_group('gloo')
     # Each process meets one of the two broken files, and one of 40 is not too many.
-    runner = make_runner(Path(folder), shuffle=False, max_share=0.025)
+    runner = make_runner(folder, shuffle=False, max_share=0.025)
     try:
         runner.train()
     except RuntimeError as error:
@@ -161,18 +157,10 @@ def train_as_one_of_two(folder: str, rank: int) -> None:
 
 def test_two_processes(tmp_path):
     folder = draw(tmp_path / 'pictures', good=38, broken=2)
-    here = Path(__file__)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, '-c', f'{CALL}({str(folder)!r}, {rank})'],
-            env={**os.environ, 'PYTHONPATH': f'{here.parent}:{here.parents[2]}'},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        output, _ = process.communicate(timeout=120)
-        # Twenty pictures of each process are seven batches: the end of the epoch.
-        assert 'epoch 0 iter 7: 2 of 40 pictures' in output, output
+    output = run_tool([__file__, str(folder)], tmp_path, processes=2).stdout
+    # Twenty pictures of each process are seven batches: the end of the epoch.
+    assert output.count('epoch 0 iter 7: 2 of 40 pictures') == 2, output
+
+
+if __name__ == '__main__':
+    train_as_one_of_two(Path(sys.argv[1]))

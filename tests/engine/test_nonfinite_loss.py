@@ -1,7 +1,6 @@
 """Losses that are not finite, in real runs: the message, the stop, and no trace."""
 
-import os
-import subprocess
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from mmcnv2.registry import HOOKS, MODELS
+from tests.commands import run_tool
 
-CALL = 'import test_nonfinite_loss; test_nonfinite_loss.train_as_one_of_two'
 HOOK = dict(type='mmcnv2.NonFiniteLossHook')
 FCMAE = dict(
     type='mmcnv2.FCMAE',
@@ -203,13 +202,12 @@ def test_number_out_of_range(number):
         HOOKS.build(dict(HOOK, max_in_a_row=number))
 
 
-def train_as_one_of_two(folder: str, rank: int) -> None:
+def train_as_one_of_two(folder: Path) -> None:
     """Run in each of two processes, by ``test_two_processes_stop_together``."""
-    meeting = f'file://{folder}/meeting'
-    torch.distributed.init_process_group('gloo', meeting, rank=rank, world_size=2)
+    torch.distributed.init_process_group('gloo')
     # Only the second process meets it: it takes pictures 9 and 11 third.
     model = MMDistributedDataParallel(Net(broken=(11,)))
-    runner = make_runner(Path(folder), model)
+    runner = make_runner(folder, model)
     try:
         runner.train()
     except FloatingPointError as error:
@@ -217,20 +215,12 @@ def train_as_one_of_two(folder: str, rank: int) -> None:
 
 
 def test_two_processes_stop_together(tmp_path):
-    here = Path(__file__)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, '-c', f'{CALL}({str(tmp_path)!r}, {rank})'],
-            env={**os.environ, 'PYTHONPATH': f'{here.parent}:{here.parents[2]}'},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        output, _ = process.communicate(timeout=120)
-        assert 'iter 2: The loss of iteration 3 is not finite' in output, output
-        assert 'Process 1: loss_a.' in output
-        assert 'pictures/09.png, pictures/11.png' in output
-        assert 'Process 0' not in output
+    output = run_tool([__file__, str(tmp_path)], tmp_path, processes=2).stdout
+    told = r'iter 2: The loss of iteration 3 is not finite\.\nProcess 1: loss_a\. .* '
+    told += r'Pictures: pictures/09\.png, pictures/11\.png\n'
+    assert len(re.findall(told, output)) == 2, output
+    assert 'Process 0' not in output
+
+
+if __name__ == '__main__':
+    train_as_one_of_two(Path(sys.argv[1]))

@@ -231,13 +231,15 @@ def run(tools_folder: Path) -> Run:
     """Run a tool in the folder above, and fail with its output if it fails."""
 
     def run(
-        tool: str, *args: object, fails: bool = False
+        tool: str, *args: object, processes: int = 1, fails: bool = False
     ) -> subprocess.CompletedProcess:
         command = [str(ROOT / 'tools' / tool), *map(str, args)]
+        if processes > 1:
+            command += ['--launcher', 'pytorch']
         # The checkout of these tests, whichever is installed.
         modules = [str(tools_folder), str(ROOT)]
         if tool.endswith('.py'):
-            result = run_tool(command, tools_folder, modules)
+            result = run_tool(command, tools_folder, modules, processes)
         else:
             result = run_script(command, tools_folder, modules)
         # Why it failed comes last, and much may come before.

@@ -1,5 +1,6 @@
 """``tools/test.py`` and ``dist_test.sh`` from the command line."""
 
+import functools
 import pickle
 import re
 from collections.abc import Callable
@@ -70,12 +71,7 @@ def figures(output: str) -> dict[str, float]:
     return {name: float(value) for name, value in found}
 
 
-def test_pretraining(
-    run: Run,
-    tools_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_pretraining(run: Run, tools_folder: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     cfg = Config.fromfile(tools_folder / 'fcmae.py', import_custom_modules=False)
     init_default_scope('mmcnv2')
@@ -83,7 +79,8 @@ def test_pretraining(
     torch.save({'state_dict': model.state_dict()}, tmp_path / 'model.pth')
     where = ['--work-dir', tmp_path / 'run']
     shown = ['--show-dir', tmp_path / 'shown', '--out', tmp_path / 'out.pkl']
-    output = run('test.py', 'fcmae.py', tmp_path / 'model.pth', *where, *shown).stdout
+    test = functools.partial(run, 'test.py', 'fcmae.py', tmp_path / 'model.pth')
+    output = test(*where, *shown).stdout
     assert len(list((tmp_path / 'shown').rglob('*.png'))) == 4
     losses = [
         float(each['loss'])
@@ -91,8 +88,7 @@ def test_pretraining(
     ]
     assert figures(output)['loss'] == pytest.approx(np.mean(losses), abs=1e-4)
     # The masks depend on the pictures alone, so two processes find the same.
-    monkeypatch.setenv('PORT', '29536')
-    two = run('dist_test.sh', 'fcmae.py', tmp_path / 'model.pth', 2, *where).stdout
+    two = test(*where, processes=2).stdout
     assert figures(two) == pytest.approx(figures(output), abs=2e-4)
 
 

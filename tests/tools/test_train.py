@@ -75,11 +75,10 @@ def test_resumed_run_ends_as_one_that_was_not_interrupted(
 
 
 def test_two_processes_train_as_one_does_on_the_joint_batch(
-    run: Run, trained: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, trained: dict[str, Path], tmp_path: Path
 ) -> None:
-    monkeypatch.setenv('PORT', '29533')
     single = ['--cfg-options', 'train_dataloader.batch_size=1']
-    run('dist_train.sh', 'seg.py', 2, '--work-dir', tmp_path, *single)
+    run('train.py', 'seg.py', '--work-dir', tmp_path, *single, processes=2)
     # Steps of plain SGD agree only where the gradients do.
     for name in ('iter_2.pth', 'iter_4.pth'):
         joint, split = load(trained['seg'].with_name(name)), load(tmp_path / name)
@@ -89,11 +88,10 @@ def test_two_processes_train_as_one_does_on_the_joint_batch(
 
 
 def test_two_processes_pretrain_on_masks_and_pictures_of_their_own(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv('PORT', '29535')
     enabled = ['--cfg-options', 'auto_scale_lr.enable=True']
-    run('dist_train.sh', 'fcmae.py', 2, '--work-dir', tmp_path, *enabled)
+    run('train.py', 'fcmae.py', '--work-dir', tmp_path, *enabled, processes=2)
     first, second = (load(tmp_path / f'process_{rank}.pt') for rank in range(2))
     assert len({*first['pictures'], *second['pictures']}) == 4
     for mask, other in zip(first['masks'], second['masks'], strict=True):
@@ -113,16 +111,13 @@ def test_two_processes_pretrain_on_masks_and_pictures_of_their_own(
     assert stored.auto_scale_lr == dict(base_batch_size=8, enable=True)
 
 
-def test_sharded_training_is_distributed_training(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv('PORT', '29539')
+def test_sharded_training_is_distributed_training(run: Run, tmp_path: Path) -> None:
     wrapper = 'optim_wrapper.accumulative_counts=1 optim_wrapper.optimizer.type=AdamW '
     wrapper += 'optim_wrapper.optimizer.weight_decay=0.5 '
     wrapper += 'optim_wrapper.constructor=LayerDecayOptimWrapperConstructor '
     wrapper += 'optim_wrapper.paramwise_cfg.decay_rate=0.9 custom_hooks=[]'
     sharded = ['runner_type=FlexibleRunner', 'strategy.type=mmcnv2.FSDPStrategy']
-    train = functools.partial(run, 'dist_train.sh', 'fcmae.py', 2, '--cfg-options')
+    train = functools.partial(run, 'train.py', 'fcmae.py', '--cfg-options', processes=2)
     train(*wrapper.split(), '--work-dir', tmp_path / 'whole')
     train(*wrapper.split(), *sharded, '--work-dir', tmp_path / 'sharded')
     whole, shards = (load(tmp_path / n / 'epoch_1.pth') for n in ('whole', 'sharded'))
