@@ -90,7 +90,6 @@ def shrink_sizes(model: ConfigDict, side: int = SIDE) -> None:
             stacked_convs=1,
             feedforward_channels=64,
             fc_out_channels=64,
-            conv_out_channels=16,
         ),
     )
 
@@ -103,6 +102,7 @@ def shrink_model(model: ConfigDict) -> None:
     # Or a step would leave a block out.
     model.backbone.drop_path_rate = 0.0
     shrink_sizes(model)
+    replace(model, dict(conv_out_channels=16))
     if 'decode_head' in model:
         shrink_segmentor(model)
     else:
