@@ -1,6 +1,6 @@
 """Our network, and the same in other libraries with the same weights."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -16,6 +16,8 @@ from ..models.convnextv2 import NUM_STAGES, describe_arch
 from ..models.grn import GRN
 
 Built = TypeVar('Built')
+
+LIBRARIES = ('transformers', 'timm', 'mmpretrain')
 
 
 def import_torchvision() -> None:
@@ -81,32 +83,29 @@ def build_ours(arch: str, **kwargs: Any) -> ConvNeXtV2:
 
 
 def other_backbones(
-    ours: ConvNeXtV2,
+    ours: ConvNeXtV2, names: Sequence[str] = LIBRARIES
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """Build the backbones of other libraries, which return the maps that ours does.
 
     Args:
         ours: A backbone with the output norms of all four stages.
+        names: Which libraries, of :data:`LIBRARIES`.
 
     Returns:
         The backbones, and why the others are absent, each by name.
     """
-    return build_present(
-        {
-            'transformers': (
-                partial(import_module, 'transformers.models.convnextv2'),
-                lambda: TransformersBackbone(ours),
-            ),
-            'timm': (
-                partial(import_module, 'timm.models'),
-                lambda: TimmBackbone(ours),
-            ),
-            'mmpretrain': (
-                partial(import_module, 'mmpretrain.models'),
-                lambda: mmpretrain_backbone(ours),
-            ),
-        }
-    )
+    builders = {
+        'transformers': (
+            partial(import_module, 'transformers.models.convnextv2'),
+            lambda: TransformersBackbone(ours),
+        ),
+        'timm': (partial(import_module, 'timm.models'), lambda: TimmBackbone(ours)),
+        'mmpretrain': (
+            partial(import_module, 'mmpretrain.models'),
+            lambda: mmpretrain_backbone(ours),
+        ),
+    }
+    return build_present({name: builders[name] for name in names})
 
 
 def weights_as(form: str, ours: ConvNeXtV2) -> dict[str, Tensor]:

@@ -40,7 +40,10 @@ _LIBRARIES = (
 
 
 def add_arguments(
-    parser: ArgumentParser, batch_size: int | None = 8, rounds: int = 7
+    parser: ArgumentParser,
+    batch_size: int | None = 8,
+    rounds: int = 7,
+    several_dtypes: bool = False,
 ) -> None:
     """Add the arguments that all benchmarks share.
 
@@ -49,13 +52,15 @@ def add_arguments(
             ``--rounds`` and ``--json``.
         batch_size: The default.
         rounds: The default.
+        several_dtypes: Whether ``--dtype`` takes more than one, to compare them.
     """
     parser.add_argument('--arch', choices=ARCHITECTURES, default='tiny')
     parser.add_argument('--batch-size', type=int, default=batch_size)
     parser.add_argument(
         '--dtype',
         choices=DTYPES,
-        default='float32',
+        nargs='+' if several_dtypes else None,
+        default=['float32'] if several_dtypes else 'float32',
         help='bfloat16 is autocast, weights stay in float32',
     )
     parser.add_argument('--device', default=get_device())
@@ -65,11 +70,10 @@ def add_arguments(
     parser.add_argument('--json', type=Path, help='file for the figures')
 
 
-def autocast(args: Namespace) -> torch.autocast:
-    """Return the context that ``--dtype`` and ``--device`` describe."""
-    device = torch.device(args.device).type
-    dtype = DTYPES[args.dtype]
-    return torch.autocast(device, torch.bfloat16, enabled=dtype != torch.float32)
+def autocast(device: str, dtype: str) -> torch.autocast:
+    """Return the context that ``--device`` and ``--dtype`` describe."""
+    enabled = DTYPES[dtype] != torch.float32
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled)
 
 
 @dataclass(eq=False)
@@ -178,23 +182,22 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return float(apart / expected.float().abs().max())
 
 
-def check_agreement(name: str, apart: float, args: Namespace) -> None:
+def check_agreement(name: str, apart: float, dtype: str) -> None:
     """Stop unless a contender computes what the others do.
 
     Args:
         name: Of the contender.
         apart: Its :func:`difference` from ours.
-        args: With ``dtype``.
+        dtype: What it computes in.
 
     Raises:
         RuntimeError: If it lies too far apart.
     """
     # Not a number is no agreement either.
-    if not apart <= _TOLERANCES[args.dtype]:
+    if not apart <= _TOLERANCES[dtype]:
         raise RuntimeError(
             f'{name} computes something else: it differs from ours by {apart:.1e} of '
-            f'the largest value, and {_TOLERANCES[args.dtype]:.0e} is allowed in '
-            f'{args.dtype}'
+            f'the largest value, and {_TOLERANCES[dtype]:.0e} is allowed in {dtype}'
         )
 
 

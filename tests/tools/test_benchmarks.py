@@ -6,7 +6,6 @@ import re
 import runpy
 import subprocess
 import sys
-from argparse import Namespace
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -122,7 +121,7 @@ def test_encoder_in_16_bits(figures: Callable) -> None:
 @pytest.mark.parametrize('apart', [2e-3, math.nan])
 def test_contenders_that_disagree(apart: float) -> None:
     with pytest.raises(RuntimeError, match='timm computes something else'):
-        check_agreement('timm', apart, Namespace(dtype='float32'))
+        check_agreement('timm', apart, 'float32')
 
 
 def test_peak_is_what_a_step_holds() -> None:
@@ -162,9 +161,10 @@ def test_backbone(figures: Callable) -> None:
     present = [name for name in libraries if name not in found['absent']]
     assert absent_of(**{name: name for name in libraries}) <= set(found['absent'])
     assert 'transformers' in present
-    assert list(found['differences']) == ['ours', *present]
+    apart = found['differences']['float32']
+    assert list(apart) == ['ours', *present]
     # Not ours once more: others add in another order.
-    assert all(0 < found['differences'][name] < 1e-4 for name in present)
+    assert all(0 < apart[name] < 1e-4 for name in present)
     for mode in ('training', 'inference'):
         rows = [row for row in found['rows'] if row['mode'] == mode]
         assert [row['backbone'] for row in rows[::2]] == ['ours', *present]
@@ -175,6 +175,20 @@ def test_backbone(figures: Callable) -> None:
             assert best['counts'] == 'yes'
             for row in (plain, last):
                 assert row['times_ours'] == pytest.approx(times(row, ours))
+
+
+def test_backbone_in_several_dtypes(figures: Callable) -> None:
+    what = ['--modes', 'inference', '--forms', 'plain', '--against']
+    dtypes = ['float32', 'bfloat16']
+    found = figures('backbone', '--size', 64, *what, '--dtype', *dtypes)
+    rows = found['rows']
+    assert [(row['backbone'], row['dtype']) for row in rows] == [
+        ('ours', dtype) for dtype in dtypes
+    ]
+    assert [row['counts'] for row in rows] == ['yes', 'yes']
+    assert rows[1]['times_ours'] == pytest.approx(times(rows[1], rows[0]))
+    assert found['differences']['float32'] == {'ours': 0}
+    assert 1e-4 < found['differences']['bfloat16']['ours'] < 5e-2
 
 
 @pytest.mark.parametrize(

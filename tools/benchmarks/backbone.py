@@ -3,7 +3,8 @@
 All have the same weights and return the maps of the four stages, normalised, as
 detectors take them; that they are the same is checked. A step of training is forward
 and backward. Each library runs in plain memory order and as channels last, or in the
-given --forms, and the quickest counts.
+given --forms, and the quickest counts. Several dtypes are compared as libraries are:
+all quotients are of ours in the first.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from mmcnv2.benchmarks.networks import build_ours, other_backbones
+from mmcnv2.benchmarks.networks import LIBRARIES, build_ours, other_backbones
 from mmcnv2.benchmarks.timing import (
     Contender,
     add_arguments,
@@ -37,6 +38,7 @@ COLUMNS = {
     'mode': '{mode}',
     'backbone': '{backbone}',
     'form': '{form}',
+    'dtype': '{dtype}',
     's (min, max)': '{seconds:.3f} ({fastest:.3f}, {slowest:.3f})',
     'x ours': '{times_ours:.2f}',
     'counts': '{counts}',
@@ -48,7 +50,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_arguments(parser, batch_size=None)
+    add_arguments(parser, batch_size=None, several_dtypes=True)
     parser.add_argument(
         '--size',
         type=int,
@@ -65,6 +67,13 @@ def parse_args() -> argparse.Namespace:
         default=['plain', 'channels_last'],
         help='compiled is channels last, by torch.compile, which takes minutes',
     )
+    parser.add_argument(
+        '--against',
+        choices=LIBRARIES,
+        nargs='*',
+        default=list(LIBRARIES),
+        help='default: all',
+    )
     return parser.parse_args()
 
 
@@ -76,7 +85,12 @@ def draw_pictures(mode: str, args: argparse.Namespace) -> Tensor:
 
 
 def contender(
-    mode: str, name: str, form: str, model: nn.Module, args: argparse.Namespace
+    mode: str,
+    name: str,
+    form: str,
+    dtype: str,
+    model: nn.Module,
+    args: argparse.Namespace,
 ) -> Contender:
     layout = FORMS[form]
     model = deepcopy(model).to(memory_format=layout)
@@ -85,42 +99,44 @@ def contender(
     pictures = draw_pictures(mode, args).contiguous(memory_format=layout)
 
     def train() -> None:
-        with autocast(args):
+        with autocast(args.device, dtype):
             maps = run(pictures)
         sum(each.float().square().mean() for each in maps).backward()
 
     @torch.no_grad()
     def infer() -> None:
-        with autocast(args):
+        with autocast(args.device, dtype):
             run(pictures)
 
     step = train if mode == 'training' else infer
-    return Contender(dict(mode=mode, backbone=name, form=form), step, model)
+    what = dict(mode=mode, backbone=name, form=form, dtype=dtype)
+    return Contender(what, step, model)
 
 
 @torch.no_grad()
 def differences(
-    backbones: dict[str, nn.Module], args: argparse.Namespace
+    backbones: dict[str, nn.Module], dtype: str, device: str
 ) -> dict[str, float]:
-    """Compare the maps with ours, on a small picture."""
-    picture = torch.randn(1, 3, 96, 128, device=args.device)
+    """Compare the maps with ours in float32, on a small picture."""
+    picture = torch.randn(1, 3, 96, 128, device=device)
+    expected = backbones['ours'](picture)
     apart = {}
     for name, model in backbones.items():
-        with autocast(args):
-            pairs = zip(model(picture), backbones['ours'](picture), strict=True)
-            apart[name] = max(difference(*pair) for pair in pairs)
-        check_agreement(name, apart[name], args)
+        with autocast(device, dtype):
+            found = model(picture)
+        apart[name] = max(map(difference, found, expected))
+        check_agreement(name, apart[name], dtype)
     return apart
 
 
-def rows_of(contenders: list[Contender]) -> list[dict]:
-    best: dict[str, Contender] = {}
+def rows_of(contenders: list[Contender], dtype: str) -> list[dict]:
+    best: dict[tuple[str, str], Contender] = {}
     for each in sorted(contenders, key=lambda each: each.row()['seconds']):
-        best.setdefault(each.what['backbone'], each)
+        best.setdefault((each.what['backbone'], each.what['dtype']), each)
     return [
         each.row()
         | dict(
-            times_ours=each.times(best['ours']),
+            times_ours=each.times(best['ours', dtype]),
             counts='yes' if each in best.values() else '',
         )
         for each in contenders
@@ -130,20 +146,21 @@ def rows_of(contenders: list[Contender]) -> list[dict]:
 def main() -> None:
     args = parse_args()
     ours = build_ours(args.arch)
-    others, absent = other_backbones(ours)
+    others, absent = other_backbones(ours, args.against)
     backbones = {'ours': ours} | others
     backbones = {name: each.to(args.device) for name, each in backbones.items()}
-    apart = differences(backbones, args)
+    apart = {dtype: differences(backbones, dtype, args.device) for dtype in args.dtype}
 
     rows = []
     for mode in args.modes:
         contenders = [
-            contender(mode, name, form, model, args)
+            contender(mode, name, form, dtype, model, args)
             for name, model in backbones.items()
             for form in args.forms
+            for dtype in args.dtype
         ]
         measure(contenders, args.rounds, args.device)
-        rows += rows_of(contenders)
+        rows += rows_of(contenders, args.dtype[0])
     report(args, rows, COLUMNS, absent, differences=apart)
 
 

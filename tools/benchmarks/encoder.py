@@ -63,7 +63,7 @@ def contender(
     args: argparse.Namespace,
 ) -> Contender:
     def step() -> None:
-        with autocast(args):
+        with autocast(args.device, args.dtype):
             (features,) = encoder(image, mask)
         features.float().square().mean().backward()
 
@@ -78,7 +78,7 @@ def differences(
     args: argparse.Namespace,
 ) -> dict[str, float]:
     """Compare all that see the same with packed."""
-    with autocast(args):
+    with autocast(args.device, args.dtype):
         found = {
             name: visible(encoder(image, mask)[0], mask)
             for name, encoder in encoders.items()
@@ -86,7 +86,7 @@ def differences(
         }
     apart = {name: difference(found[name], found['packed']) for name in found}
     for name, value in apart.items():
-        check_agreement(name, value, args)
+        check_agreement(name, value, args.dtype)
     return apart
 
 

@@ -88,8 +88,8 @@ def parse_args() -> argparse.Namespace:
 
 def build_encoders(args: argparse.Namespace) -> dict[str, nn.Module]:
     packed = build_packed(args.arch).to(args.device)
-    encoders = dict(packed=packed, dense=DenseEncoder(packed))
-    return {name: encoders[name] for name in args.encoders}
+    builders = dict(packed=lambda: packed, dense=lambda: DenseEncoder(packed))
+    return {name: builders[name]() for name in args.encoders}
 
 
 def contender(
@@ -103,7 +103,7 @@ def contender(
     computed = (~mask if name == 'packed' else torch.ones_like(mask)).sum().item()
 
     def step() -> None:
-        with autocast(point):
+        with autocast(point.device, point.dtype):
             (features,) = encoder(image, mask)
         features.float().square().mean().backward()
 

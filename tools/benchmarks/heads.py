@@ -168,7 +168,7 @@ def contender(
     data = model.data_preprocessor(batch, training=mode == 'training')
 
     def train() -> None:
-        with autocast(args):
+        with autocast(args.device, args.dtype):
             losses = model(**data, mode='loss')
         loss, _ = model.parse_losses(losses)
         loss.backward()
@@ -176,7 +176,7 @@ def contender(
 
     @torch.no_grad()
     def infer() -> None:
-        with autocast(args):
+        with autocast(args.device, args.dtype):
             model(**data, mode='predict')
 
     step = train if mode == 'training' else infer
@@ -187,7 +187,7 @@ def contender(
 def raw_outputs(model: nn.Module, args: argparse.Namespace) -> list[Tensor]:
     """Return what comes before anything is chosen from: scores, boxes, or logits."""
     pictures = torch.ones(1, 3, 96, 128, device=args.device).cumsum(2).sin()
-    with autocast(args):
+    with autocast(args.device, args.dtype):
         maps = model.eval().extract_feat(pictures)
         if hasattr(model, 'rpn_head'):
             scores, boxes = model.rpn_head(maps)
@@ -218,7 +218,7 @@ def differences(
     for library, model in models.items():
         pairs = zip(raw_outputs(model, args), expected, strict=True)
         apart[library] = max(difference(*pair) for pair in pairs)
-        check_agreement(library, apart[library], args)
+        check_agreement(library, apart[library], args.dtype)
     return apart
 
 

@@ -156,7 +156,7 @@ class Training:
         batch = next(batches)
         times.append(self.now())
         data = self.model.data_preprocessor(batch, training=True)
-        with autocast(self.args):
+        with autocast(self.args.device, self.args.dtype):
             losses = self.model(**data, mode='loss')
         loss, _ = self.model.parse_losses(losses)
         times.append(self.now())
@@ -212,13 +212,13 @@ def differences(models: dict[str, FCMAE], args: argparse.Namespace) -> dict[str,
     """Compare what all predict for one batch under one mask."""
     pictures = torch.randn(2, 3, args.size, args.size, device=args.device)
     mask = models['packed'].random_mask(pictures)
-    with autocast(args):
+    with autocast(args.device, args.dtype):
         found = {
             name: each.reconstruct(pictures, mask) for name, each in models.items()
         }
     apart = {name: difference(found[name], found['packed']) for name in found}
     for name, value in apart.items():
-        check_agreement(name, value, args)
+        check_agreement(name, value, args.dtype)
     return apart
 
 
