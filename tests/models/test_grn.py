@@ -62,3 +62,26 @@ def test_grn_of_nothing_is_nothing():
     x = torch.zeros(1, 4, 4, 3, requires_grad=True)
     GRN(3)(x).sum().backward()
     assert torch.equal(x.grad, torch.ones_like(x))
+
+
+def test_compiles_for_sizes_that_are_not_known():
+    """Positions stay as they are: compilers make slow loops of flattened ones."""
+    torch.manual_seed(0)
+    grn = GRN(6)
+    torch.nn.init.normal_(grn.gamma)
+    torch.nn.init.normal_(grn.beta)
+    options = dict(fullgraph=True, dynamic=True, backend='aot_eager')
+    compiled = torch.compile(grn, **options)
+    for stance, shape in [
+        ('default', (2, 5, 7, 6)),
+        ('fail_on_recompile', (3, 4, 8, 6)),
+    ]:
+        x = torch.randn(shape, requires_grad=True)
+        found = []
+        with torch.compiler.set_stance(stance):
+            for run in (compiled, grn):
+                out = run(x)
+                inputs = (x, grn.gamma, grn.beta)
+                found.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+        for value, expected in zip(*found, strict=True):
+            torch.testing.assert_close(value, expected)
