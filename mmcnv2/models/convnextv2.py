@@ -167,7 +167,8 @@ class ConvNeXtV2(BaseModule):
         Raises:
             ValueError: If the pictures or the mask have the wrong shape, if a picture
                 is hidden entirely, if pictures differ in their number of visible
-                patches, or if that is not ``num_visible``.
+                patches, if that is not ``num_visible``, or if there is that number
+                and no mask.
         """
         self._check_pictures(x)
         layout = self._layout(x, mask, num_visible)
@@ -183,6 +184,11 @@ class ConvNeXtV2(BaseModule):
     def _layout(
         self, x: Tensor, mask: Tensor | None, num_visible: int | None
     ) -> Layout:
+        if mask is None and num_visible is not None:
+            raise ValueError(
+                f'num_visible is {num_visible}, but there is no mask that hides the '
+                'other patches; give both or neither'
+            )
         if mask is None:
             return DenseLayout()
         _check_mask(x, mask)

@@ -194,6 +194,8 @@ def test_wrong_masks():
         model(torch.zeros(2, 3, 64, 97), torch.zeros(2, 2, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match='num_visible is 5, but the mask shows 6 pat'):
         model(image, torch.zeros(2, 2, 3, dtype=torch.bool), num_visible=5)
+    with pytest.raises(ValueError, match='num_visible is 6, but there is no mask'):
+        model(image, num_visible=6)
 
 
 def test_compiles_to_one_graph_for_all_masks():
