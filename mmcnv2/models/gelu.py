@@ -6,6 +6,7 @@ All take contiguous features ``(N, P, C)`` and return sums over positions,
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from . import kernels
 from .grn import sum_of_products
@@ -15,15 +16,11 @@ _gelu = torch.ops.aten.gelu.out
 _gelu_backward = torch.ops.aten.gelu_backward.grad_input
 
 
-def gelu_products(
-    x: Tensor, grad: Tensor | None = None, in_place: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Compute GELU, and the sums of its products with a gradient, or of its squares.
+def gelu_squares(x: Tensor, in_place: bool = False) -> tuple[Tensor, Tensor]:
+    """Compute GELU, and the sums of its squares.
 
     Args:
         x (Tensor): Features, ``(N, P, C)``.
-        grad (Tensor, optional): The gradient, of the same shape. Defaults to GELU
-            itself, which gives its squares.
         in_place (bool): Whether GELU takes the place of ``x``. Defaults to False.
 
     Returns:
@@ -31,16 +28,30 @@ def gelu_products(
     """
     active = x if in_place else torch.empty_like(x)
     if _fits(x, torch.float32, torch.bfloat16):
-        return active, kernels.sum_gelu('gelu_products', x, grad, active)
+        return active, kernels.sum_gelu('gelu_squares', x, active)
     _gelu(x, out=active)
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return active, sum_of_products(active, active if grad is None else grad, dtype)
+    return active, _sum_of_products(active, active)
+
+
+def gelu_products(x: Tensor, grad: Tensor) -> Tensor:
+    """Sum the products of GELU and a gradient.
+
+    Args:
+        x (Tensor): What enters GELU, ``(N, P, C)``.
+        grad (Tensor): The gradient, of the same shape.
+
+    Returns:
+        Tensor: The sums.
+    """
+    if _fits(x, torch.float32):
+        return kernels.sum_gelu('gelu_products', x, grad)
+    return _sum_of_products(functional.gelu(x), grad)
 
 
 def gelu_backward(
-    x: Tensor, scale: Tensor, shift: Tensor, slope: Tensor, grad: Tensor, active: Tensor
-) -> Tensor:
-    """Go from the gradient of GELU, scaled and shifted, to that of what entered GELU.
+    x: Tensor, scale: Tensor, shift: Tensor, slope: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Go back through GELU, scaled and shifted, which is computed again.
 
     Args:
         x (Tensor): What entered GELU, ``(N, P, C)``.
@@ -49,18 +60,23 @@ def gelu_backward(
         slope (Tensor): ``(N, 1, C)``: so much of itself GELU adds to its gradient, by
             way of the scale.
         grad (Tensor): That of what is shifted, ``(N, P, C)``; becomes that of ``x``.
-        active (Tensor): GELU of ``x``; becomes the shifted.
 
     Returns:
-        Tensor: The sums of the gradient.
+        tuple[Tensor, Tensor]: GELU, scaled and shifted, and the sums of the gradient.
     """
     if _fits(x, torch.float32):
+        out = torch.empty_like(x)
         factors = (each.to(x.dtype) for each in (scale, shift, slope))
-        return kernels.sum_gelu('gelu_backward', x, *factors, grad, active)
+        return out, kernels.sum_gelu('gelu_backward', x, *factors, grad, out)
+    active = functional.gelu(x)
     grad.mul_(scale).addcmul_(active, slope)
     _gelu_backward(grad, x, grad_input=grad)
     torch.addcmul(shift, active, scale, out=active)
-    return grad.sum(1, keepdim=True)
+    return active, grad.sum(1, keepdim=True)
+
+
+def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
+    return sum_of_products(a, b, torch.promote_types(a.dtype, torch.float32))
 
 
 def _fits(x: Tensor, *dtypes: torch.dtype) -> bool:

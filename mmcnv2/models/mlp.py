@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .gelu import gelu_backward, gelu_products
+from .gelu import gelu_backward, gelu_products, gelu_squares
 from .grn import GRN, response, through_scale, total
 from .linear import linear
 from .shortcuts import autocast, dtype_of, is_traced
@@ -73,7 +73,7 @@ class _ExpandAndProject(torch.autograd.Function):
         for pictures, parts in _groups(x, len(weight1)):
             hidden = [linear(x[part], weight1, bias1) for part in parts]
             kept += hidden if keep else []
-            pairs = [gelu_products(h, in_place=not keep) for h in hidden]
+            pairs = [gelu_squares(h, in_place=not keep) for h in hidden]
             active, squares = zip(*pairs, strict=True)
             norm = norms[pictures] = total(squares).sqrt_()
             scale = scales[pictures] = gamma * response(norm) + 1
@@ -96,13 +96,13 @@ class _ExpandAndProject(torch.autograd.Function):
         for pictures, parts in _groups(x, len(weight1)):
             hidden = list(islice(remaining, len(parts)))
             grads = [linear(grad[part], weight2.t()) for part in parts]
-            pairs = list(map(gelu_products, hidden, grads))
-            active, products = zip(*pairs, strict=True)
-            of_gamma, slope = through_scale(total(products), gamma, norms[pictures])
+            products = total(map(gelu_products, hidden, grads))
+            of_gamma, slope = through_scale(products, gamma, norms[pictures])
             grad_gamma += of_gamma
             scale = scales[pictures]
-            for part, h, a, g in zip(parts, hidden, active, grads, strict=True):
-                grad_bias1 += gelu_backward(h, scale, beta, slope, g, a).sum((0, 1))
+            for part, h, g in zip(parts, hidden, grads, strict=True):
+                a, sums = gelu_backward(h, scale, beta, slope, g)
+                grad_bias1 += sums.sum((0, 1))
                 grad_x[part] = linear(g, weight1.t())
                 if of_weight1:
                     grad_weight1 = _add_product(grad_weight1, g, x[part])

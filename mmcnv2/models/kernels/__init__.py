@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..shortcuts import is_traced
 from ..tiles import Tiles
 
-_INTERFACE = 3  # of lanes.h
+_INTERFACE = 4  # of lanes.h
 _LANES = 8  # channels that are computed at a time
 _CHUNK = 64  # positions of a picture that are summed in one go
 _GROUP = 2048  # positions whose gradients of a depthwise kernel are

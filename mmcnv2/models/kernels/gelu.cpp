@@ -71,50 +71,52 @@ INLINE void for_chunks(Shape shape, int thread, int threads, float* sums, Each e
 }
 
 template <typename T>
-INLINE void share_of_products(Shape shape, const T* x, const T* grad, T* out,
-                              float* sums, int thread, int threads) {
-  const T* others = grad ? grad : out;
+INLINE void share_of_squares(Shape shape, const T* x, T* out, float* sums, int thread,
+                             int threads) {
   const auto each = [=](int64_t place, int64_t, int64_t) ALWAYS_INLINE {
     const Lanes value = load(x + place), active = value * below(value);
     store(out + place, active);
-    return active * load(others + place);
+    return active * load(out + place);
   };
   for_chunks(shape, thread, threads, sums, each);
 }
 
 // Templates cannot be compiled for several CPUs, so each dtype has a function.
-FOR_EACH_CPU void run_products(Shape shape, const float* x, const float* grad,
-                               float* out, float* sums, int thread, int threads) {
-  share_of_products(shape, x, grad, out, sums, thread, threads);
+FOR_EACH_CPU void run_squares(Shape shape, const float* x, float* out, float* sums,
+                              int thread, int threads) {
+  share_of_squares(shape, x, out, sums, thread, threads);
 }
-FOR_EACH_CPU void run_products(Shape shape, const BFloat16* x, const BFloat16* grad,
-                               BFloat16* out, float* sums, int thread, int threads) {
-  share_of_products(shape, x, grad, out, sums, thread, threads);
+FOR_EACH_CPU void run_squares(Shape shape, const BFloat16* x, BFloat16* out,
+                              float* sums, int thread, int threads) {
+  share_of_squares(shape, x, out, sums, thread, threads);
 }
 
 template <typename T>
-void products(Shape shape, const T* x, const T* grad, T* out, float* sums,
-              int threads) {
+void squares(Shape shape, const T* x, T* out, float* sums, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int k = 0; k < threads; ++k) {
-    run_products(shape, x, grad, out, sums, k, threads);
-  }
+  for (int k = 0; k < threads; ++k) run_squares(shape, x, out, sums, k, threads);
+}
+
+FOR_EACH_CPU void run_products(Shape shape, const float* x, const float* grad,
+                               float* sums, int thread, int threads) {
+  const auto each = [=](int64_t place, int64_t, int64_t) ALWAYS_INLINE {
+    const Lanes value = load(x + place);
+    return value * below(value) * load(grad + place);
+  };
+  for_chunks(shape, thread, threads, sums, each);
 }
 
 FOR_EACH_CPU void run_backward(Shape shape, const float* x, const float* scale,
                                const float* shift, const float* slope, float* grad,
-                               float* active, float* sums, int thread, int threads) {
+                               float* out, float* sums, int thread, int threads) {
   const auto each = [=](int64_t place, int64_t own, int64_t channel) ALWAYS_INLINE {
-    const Lanes value = load(x + place), was = load(active + place);
-    const Lanes factor = load(scale + own);
-    const Lanes after = load(grad + place) * factor + was * load(slope + own);
-    // GELU is x times what lies below, so that a quotient gives it back.
-    const auto tiny = (value < 1e-30f) & (value > -1e-30f);
-    const Lanes fraction = tiny ? all(0.5f) : was / value;
+    const Lanes value = load(x + place), fraction = below(value);
+    const Lanes active = value * fraction, factor = load(scale + own);
+    const Lanes after = load(grad + place) * factor + active * load(slope + own);
     const Lanes density = 0.398942280f * power_of_two(-0.721347520f * value * value);
     const Lanes before = after * (fraction + value * density);
     store(grad + place, before);
-    store(active + place, was * factor + load(shift + channel));
+    store(out + place, active * factor + load(shift + channel));
     return before;
   };
   for_chunks(shape, thread, threads, sums, each);
@@ -126,32 +128,40 @@ FOR_EACH_CPU void run_backward(Shape shape, const float* x, const float* scale,
 // of threads.
 extern "C" {
 
-// out = gelu(x), which may be x itself, and the sums of its products with `grad`, or of
-// its squares where that is null.
-void gelu_products_float32(int64_t pictures, int64_t positions, int64_t channels,
-                           int64_t chunk, const float* x, const float* grad, float* out,
+// out = gelu(x), which may be x itself, and the sums of its squares.
+void gelu_squares_float32(int64_t pictures, int64_t positions, int64_t channels,
+                          int64_t chunk, const float* x, float* out, float* sums,
+                          int threads) {
+  squares({pictures, positions, channels, chunk}, x, out, sums, threads);
+}
+
+void gelu_squares_bfloat16(int64_t pictures, int64_t positions, int64_t channels,
+                           int64_t chunk, const BFloat16* x, BFloat16* out,
                            float* sums, int threads) {
-  products({pictures, positions, channels, chunk}, x, grad, out, sums, threads);
+  squares({pictures, positions, channels, chunk}, x, out, sums, threads);
 }
 
-void gelu_products_bfloat16(int64_t pictures, int64_t positions, int64_t channels,
-                            int64_t chunk, const BFloat16* x, const BFloat16* grad,
-                            BFloat16* out, float* sums, int threads) {
-  products({pictures, positions, channels, chunk}, x, grad, out, sums, threads);
+// The sums of the products of gelu(x) and `grad`.
+void gelu_products_float32(int64_t pictures, int64_t positions, int64_t channels,
+                           int64_t chunk, const float* x, const float* grad,
+                           float* sums, int threads) {
+  const Shape shape{pictures, positions, channels, chunk};
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int k = 0; k < threads; ++k) run_products(shape, x, grad, sums, k, threads);
 }
 
-// The way back through `active * scale + shift`, where `active` is gelu(x) and each
-// position adds `active * slope` to its gradient through the scale. `grad` becomes that
-// of x, `active` becomes the shifted, and the sums are those of the gradients. `scale`
-// and `slope` are (pictures, channels), `shift` is (channels).
+// out = gelu(x) * scale + shift, and the way back through it, where each position adds
+// `gelu(x) * slope` to its gradient through the scale. `grad` becomes that of x, and the
+// sums are those of it. `scale` and `slope` are (pictures, channels), `shift` is
+// (channels).
 void gelu_backward_float32(int64_t pictures, int64_t positions, int64_t channels,
                            int64_t chunk, const float* x, const float* scale,
                            const float* shift, const float* slope, float* grad,
-                           float* active, float* sums, int threads) {
+                           float* out, float* sums, int threads) {
   const Shape shape{pictures, positions, channels, chunk};
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int k = 0; k < threads; ++k) {
-    run_backward(shape, x, scale, shift, slope, grad, active, sums, k, threads);
+    run_backward(shape, x, scale, shift, slope, grad, out, sums, k, threads);
   }
 }
 }
