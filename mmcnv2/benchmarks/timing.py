@@ -70,6 +70,23 @@ def add_arguments(
     parser.add_argument('--json', type=Path, help='file for the figures')
 
 
+def add_against(
+    parser: ArgumentParser, names: Sequence[str], default: Sequence[str] | None = None
+) -> None:
+    """Add ``--against``, which chooses what ours is compared with.
+
+    Args:
+        parser: Gets it.
+        names: What there is to choose from.
+        default: All of it by default.
+    """
+    default = list(names if default is None else default)
+    told = f'default: {" ".join(default)}'
+    parser.add_argument(
+        '--against', choices=names, nargs='*', default=default, help=told
+    )
+
+
 def autocast(device: str, dtype: str) -> torch.autocast:
     """Return the context that ``--device`` and ``--dtype`` describe."""
     enabled = DTYPES[dtype] != torch.float32

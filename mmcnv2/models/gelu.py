@@ -30,7 +30,7 @@ def gelu_squares(x: Tensor, in_place: bool = False) -> tuple[Tensor, Tensor]:
     if _fits(x, torch.float32, torch.bfloat16):
         return active, kernels.sum_gelu('gelu_squares', x, active)
     _gelu(x, out=active)
-    return active, _sum_of_products(active, active)
+    return active, sum_of_products(active, active)
 
 
 def gelu_products(x: Tensor, grad: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def gelu_products(x: Tensor, grad: Tensor) -> Tensor:
     """
     if _fits(x, torch.float32):
         return kernels.sum_gelu('gelu_products', x, grad)
-    return _sum_of_products(functional.gelu(x), grad)
+    return sum_of_products(functional.gelu(x), grad)
 
 
 def gelu_backward(
@@ -73,10 +73,6 @@ def gelu_backward(
     _gelu_backward(grad, x, grad_input=grad)
     torch.addcmul(shift, active, scale, out=active)
     return active, grad.sum(1, keepdim=True)
-
-
-def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
-    return sum_of_products(a, b, torch.promote_types(a.dtype, torch.float32))
 
 
 def _fits(x: Tensor, *dtypes: torch.dtype) -> bool:

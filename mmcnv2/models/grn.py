@@ -40,8 +40,8 @@ class GRN(nn.Module):
             Tensor: ``gamma * (x * N(x)) + beta + x``, shape and dtype of ``x``.
         """
         gamma, beta = self.gamma.flatten(), self.beta.flatten()
-        # Of sizes that a compiler does not know, it makes slow loops where they are
-        # flattened.
+        # A compiler makes slow loops of flattened positions if it does not know how
+        # many there are.
         features = x if is_traced() else x.flatten(1, -2)
         return _GRNFunction.apply(features, gamma, beta).view_as(x)
 
@@ -64,7 +64,7 @@ class _GRNFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
         x, gamma, beta, norm, scale = ctx.saved_tensors
-        grad_scale = sum_of_products(grad, x, norm.dtype)
+        grad_scale = sum_of_products(grad, x)
         grad_gamma, slope = through_scale(grad_scale, gamma, norm)
         grad_x = grad * scale + x * slope
         grad_beta = grad.sum(tuple(range(grad.dim() - 1)), dtype=norm.dtype)
@@ -73,9 +73,9 @@ class _GRNFunction(torch.autograd.Function):
 
 def _norms(x: Tensor) -> Tensor:
     """Return the norms over positions, with a dimension of 1 for each of theirs."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
     if x.device.type == 'cpu' and not is_traced():
-        return sum_of_products(x, x, dtype).sqrt_()
+        return sum_of_products(x, x).sqrt_()
+    dtype = torch.promote_types(x.dtype, torch.float32)
     return torch.linalg.vector_norm(x, dim=_positions(x), keepdim=True, dtype=dtype)
 
 
@@ -92,19 +92,19 @@ def response(norm: Tensor) -> Tensor:
     return norm / _mean(norm)
 
 
-def sum_of_products(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Sum over positions, by parts whose products stay in the cache.
+def sum_of_products(a: Tensor, b: Tensor) -> Tensor:
+    """Sum over positions in 32 bits at least, by parts whose products a cache holds.
 
     On CPUs this takes a third to a twentieth of the time of PyTorch's vector_norm, and
     of the memory of its sums. Compilers make one loop of it anyway.
     """
+    dtype = torch.promote_types(a.dtype, torch.float32)
     if is_traced():
-        products = a.to(dtype or a.dtype) * b
-        return products.sum(_positions(a), keepdim=True)
+        return (a.to(dtype) * b).sum(_positions(a), keepdim=True)
     elements = _PART if a.device.type == 'cpu' else _PART_ELSEWHERE
     rows = max(elements * a.shape[1] // a.numel(), 1)
     parts = zip(a.split(rows, dim=1), b.split(rows, dim=1), strict=True)
-    return total((x.to(dtype or x.dtype) * y).sum(1, keepdim=True) for x, y in parts)
+    return total((x.to(dtype) * y).sum(1, keepdim=True) for x, y in parts)
 
 
 def total(parts: Iterable[Tensor]) -> Tensor:

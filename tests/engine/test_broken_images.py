@@ -16,6 +16,8 @@ from torch import nn
 
 from mmcnv2.models import FCMAEDataPreprocessor
 from mmcnv2.registry import HOOKS
+
+# Not relative, for this is run as a script too.
 from tests.commands import run_tool
 
 

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from mmcnv2.registry import HOOKS, MODELS
+
+# Not relative, for this is run as a script too.
 from tests.commands import run_tool
 
 HOOK = dict(type='mmcnv2.NonFiniteLossHook')

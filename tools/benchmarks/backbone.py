@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mmcnv2.benchmarks.networks import LIBRARIES, build_ours, other_backbones
 from mmcnv2.benchmarks.timing import (
     Contender,
+    add_against,
     add_arguments,
     autocast,
     check_agreement,
@@ -67,13 +68,7 @@ def parse_args() -> argparse.Namespace:
         default=['plain', 'channels_last'],
         help='compiled is channels last, by torch.compile, which takes minutes',
     )
-    parser.add_argument(
-        '--against',
-        choices=LIBRARIES,
-        nargs='*',
-        default=list(LIBRARIES),
-        help='default: all',
-    )
+    add_against(parser, LIBRARIES)
     return parser.parse_args()
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mmcnv2.benchmarks.encoders import OTHERS, build_others, build_packed, visible
 from mmcnv2.benchmarks.timing import (
     Contender,
+    add_against,
     add_arguments,
     autocast,
     check_agreement,
@@ -45,13 +46,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--mask-ratios', type=float, nargs='+', default=[0.6], help='default: 0.6'
     )
-    parser.add_argument(
-        '--against',
-        choices=OTHERS,
-        nargs='*',
-        default=list(OTHERS),
-        help='default: all',
-    )
+    add_against(parser, OTHERS)
     return parser.parse_args()
 
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from mmcnv2.benchmarks.encoders import OTHERS, build_others, build_packed, visible
 from mmcnv2.benchmarks.timing import (
+    add_against,
     add_arguments,
     autocast,
     check_agreement,
@@ -58,12 +59,8 @@ def parse_args() -> argparse.Namespace:
     add_arguments(parser, rounds=3)
     parser.add_argument('--size', type=int, default=224, help='side of a crop')
     parser.add_argument('--mask-ratio', type=float, default=0.6)
-    parser.add_argument(
-        '--against',
-        choices=[name for name in OTHERS if name != 'dense'],
-        nargs='*',
-        default=['dense-masked'],
-    )
+    masked = [name for name in OTHERS if name != 'dense']
+    add_against(parser, masked, default=['dense-masked'])
     parser.add_argument('--workers', type=int, default=2, help='that load pictures')
     parser.add_argument('--steps', type=int, default=20, help='of a round')
     parser.add_argument('--pictures', type=int, default=256, help='JPEG files')
