@@ -16,6 +16,7 @@ from mmengine.hooks import EMAHook
 from mmengine.logging import print_log
 from mmengine.runner import Runner
 
+from ..arguments import check_arguments
 from ..registry import HOOKS
 from .checkpoint import PARTIAL, write_whole
 from .exact_resume import is_between_steps, share_gradients
@@ -27,6 +28,7 @@ _EXIT_CODE = 128 + signal.SIGTERM
 
 
 @HOOKS.register_module()
+@check_arguments
 class CheckpointHook(_CheckpointHook):
     """MMEngine's, which removes a checkpoint only when there is a newer one.
 
@@ -38,12 +40,30 @@ class CheckpointHook(_CheckpointHook):
     resume from. The exit code is 143.
 
     Args:
-        stop_if_not_saved: Whether to stop training when a checkpoint cannot be written.
+        interval (int): Epochs or iterations from one checkpoint to the next; -1 for
+            none. Defaults to -1.
+        stop_if_not_saved (bool): Whether to stop training when a checkpoint cannot be
+            written. Defaults to False.
         **kwargs: MMEngine's.
+
+    Raises:
+        TypeError: If there is an argument that MMEngine's has not.
     """
 
-    def __init__(self, *args: Any, stop_if_not_saved: bool = False, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        interval: int = -1,
+        *args: Any,
+        stop_if_not_saved: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(interval, *args, **kwargs)
+        # MMEngine keeps them for the first checkpoint, whose writing then fails.
+        if self.args:
+            raise TypeError(
+                f'CheckpointHook has no argument {", ".join(map(repr, self.args))}; '
+                "it has MMEngine's and stop_if_not_saved"
+            )
         self.stop_if_not_saved = stop_if_not_saved
         self._told_to_stop = False
 
@@ -165,7 +185,6 @@ class CheckpointHook(_CheckpointHook):
                 meta=meta,
                 by_epoch=by_epoch,
                 backend_args=self.backend_args,
-                **self.args,
             )
             if is_main_process():
                 write_whole(Path(runner.work_dir, 'last_checkpoint'), path.encode())

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor
@@ -105,8 +106,9 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         for name in ('lr', 'weight_decay'):
             if name not in self.optimizer_cfg:
                 raise ValueError(f'the optimizer needs {name}; give it in the config')
-        if not 0 < cfg['decay_rate'] <= 1:
-            raise ValueError(f'decay_rate is {cfg["decay_rate"]}; give it in (0, 1]')
+        rate = cfg['decay_rate']
+        if not isinstance(rate, Real) or not 0 < rate <= 1:
+            raise ValueError(f'decay_rate is {rate!r}; give a number in (0, 1]')
         if cfg.get('decay_type', 'layer_wise') not in DECAY_TYPES:
             raise ValueError(
                 f"unknown decay_type '{cfg['decay_type']}'; choose one of {DECAY_TYPES}"

@@ -10,8 +10,8 @@ import torch
 from mmengine.evaluator import BaseMetric
 from mmengine.runner import Runner
 
-import mmcnv2  # noqa: F401
 from mmcnv2.engine.checkpoint import PARTIAL, find_resumable, write_whole
+from mmcnv2.registry import HOOKS
 
 from .test_checkpoint import Regression, loader
 
@@ -67,6 +67,21 @@ def run(trained: Path, tmp_path: Path) -> Path:
         os.utime(tmp_path / name, (seconds, seconds))
     (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'epoch_3.pth'))
     return tmp_path
+
+
+@pytest.mark.parametrize(
+    ('settings', 'message'),
+    [
+        (dict(max_keep=2), "no argument 'max_keep'"),
+        (dict(interval='2'), "interval of CheckpointHook is '2'"),
+        (dict(stop_if_not_saved='no'), "stop_if_not_saved of CheckpointHook is 'no'"),
+    ],
+)
+def test_wrong_settings_are_refused_when_it_is_built(
+    settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TypeError, match=message):
+        HOOKS.build(dict(type='mmcnv2.CheckpointHook', **settings))
 
 
 def test_outdated_ones_are_removed(trained: Path) -> None:

@@ -144,7 +144,8 @@ def test_logs_its_groups_once(tmp_path):
     [
         (dict(decay_type='layer_wise'), "holds 'decay_rate'"),
         (dict(decay_rate=0.9, layers=3), "but got .*'layers'"),
-        (dict(decay_rate=0.0), r'decay_rate is 0.0; give it in \(0, 1\]'),
+        (dict(decay_rate=0.0), r'decay_rate is 0.0; give a number in \(0, 1\]'),
+        (dict(decay_rate='high'), "decay_rate is 'high'; give a number"),
         (dict(decay_rate=0.9, decay_type='block'), "unknown decay_type 'block'"),
         (dict(decay_rate=0.9, num_layers=12), 'make 6 groups; leave num_layers out'),
     ],

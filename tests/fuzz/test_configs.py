@@ -49,6 +49,7 @@ CROP = dict(
 )
 PACK = dict(type='PackPretrainInputs', meta_keys=('img_path',))
 HOOK_CONFIGS = [
+    dict(type='CheckpointHook', interval=1, stop_if_not_saved=False),
     dict(type='BrokenImagesHook', max_share=0.1),
     dict(type='NonFiniteLossHook', max_in_a_row=2),
     dict(type='FeatureDiversityHook', interval=3, layers=['stages.*.*']),
