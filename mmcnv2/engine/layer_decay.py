@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from numbers import Real
 
 from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor
@@ -107,7 +106,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             if name not in self.optimizer_cfg:
                 raise ValueError(f'the optimizer needs {name}; give it in the config')
         rate = cfg['decay_rate']
-        if not isinstance(rate, Real) or not 0 < rate <= 1:
+        if not isinstance(rate, int | float) or not 0 < rate <= 1:
             raise ValueError(f'decay_rate is {rate!r}; give a number in (0, 1]')
         if cfg.get('decay_type', 'layer_wise') not in DECAY_TYPES:
             raise ValueError(

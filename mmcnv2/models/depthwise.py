@@ -2,10 +2,9 @@
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from . import kernels
-from .shortcuts import autocast, dtype_of, is_observed
+from .shortcuts import autocast, dtype_of, is_plain
 from .tiles import Tiles
 
 
@@ -20,8 +19,7 @@ def is_quicker_by_tiles(conv: nn.Conv2d, x: Tensor) -> bool:
         bool: Whether there is a kernel for it, and nobody would miss its call.
     """
     fits = kernels.fit(x, *conv.parameters()) and is_depthwise(conv, x.shape[-1])
-    known = torch.float32, torch.bfloat16
-    return fits and dtype_of(x) in known and not is_observed(conv)
+    return fits and dtype_of(x) in (torch.float32, torch.bfloat16)
 
 
 def is_depthwise(conv: nn.Module, channels: int) -> bool:
@@ -32,9 +30,10 @@ def is_depthwise(conv: nn.Module, channels: int) -> bool:
         channels (int): Those of the features.
 
     Returns:
-        bool: Whether nothing else is, and nobody has changed it.
+        bool: Whether nothing else is, nobody has changed it, and nobody would miss its
+        call.
     """
-    if type(conv) is not nn.Conv2d or 'forward' in vars(conv) or conv.bias is None:
+    if not is_plain(conv, nn.Conv2d) or conv.bias is None:
         return False
     geometry = conv.stride, conv.padding, conv.dilation, conv.padding_mode
     shapes = conv.weight.shape, conv.bias.shape, conv.groups
@@ -61,27 +60,46 @@ def convolve_tiles(conv: nn.Conv2d, x: Tensor, tiles: Tiles) -> Tensor:
 
 class _ConvolveTiles(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, tiles: Tiles) -> Tensor:
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, tiles: Tiles
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.tiles = tiles
-        return kernels.convolve(x, _taps(weight), bias.float(), tiles)
+        taps = weight.flatten(1).t().float()
+        return kernels.convolve(x, taps, None if bias is None else bias.float(), tiles)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x, weight), tiles = ctx.saved_tensors, ctx.tiles
         of_x, of_weight, of_bias, _ = ctx.needs_input_grad
         grad_x = grad_weight = grad_bias = None
         if of_x:
-            # It is such a convolution too, with the kernel turned.
-            grad_x = kernels.convolve(grad, _taps(weight).flip(0), None, tiles)
+            grad_x = _convolve_turned(grad, weight, tiles)
         if of_weight or of_bias:
-            taps, grad_bias = kernels.sum_gradients(x, grad, tiles)
-            grad_weight = taps.t().reshape(weight.shape).to(weight.dtype)
-            grad_bias = grad_bias.to(weight.dtype)
-        return grad_x, grad_weight, grad_bias, None
+            grad_weight, grad_bias = _SumGradients.apply(x, grad, tiles)
+        return grad_x, grad_weight, grad_bias if of_bias else None, None
 
 
-def _taps(weight: Tensor) -> Tensor:
-    """Return the kernel ``(C, 1, 7, 7)`` as ``(49, C)``."""
-    return weight.flatten(1).t().float()
+class _SumGradients(torch.autograd.Function):
+    """Gradients of weight and bias, which are linear in features and their gradients.
+
+    The way back is by such convolutions again, so there are derivatives of any order.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, grad: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, grad)
+        ctx.tiles = tiles
+        taps, bias = kernels.sum_gradients(x, grad, tiles)
+        return taps.t().reshape(-1, 1, 7, 7).to(x.dtype), bias.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, None]:
+        (x, grad), tiles = ctx.saved_tensors, ctx.tiles
+        of_x = _convolve_turned(grad, weight, tiles)
+        return of_x, _ConvolveTiles.apply(x, weight, bias, tiles), None
+
+
+def _convolve_turned(grad: Tensor, weight: Tensor, tiles: Tiles) -> Tensor:
+    """Go back to what was convolved: a convolution with the kernel turned."""
+    return _ConvolveTiles.apply(grad, weight.flip(2, 3), None, tiles)

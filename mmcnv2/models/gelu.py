@@ -1,6 +1,6 @@
 """GELU and what a block does around it, by one kernel where there is one.
 
-All take contiguous features ``(N, P, C)`` and return sums over positions,
+All take contiguous features ``(N, P, C)``, and return sums over positions,
 ``(N, 1, C)``, in 32 bits at least.
 """
 
@@ -66,7 +66,7 @@ def gelu_backward(
     """
     if _fits(x, torch.float32):
         out = torch.empty_like(x)
-        factors = (each.to(x.dtype) for each in (scale, shift, slope))
+        factors = [each.to(x.dtype).contiguous() for each in (scale, shift, slope)]
         return out, kernels.sum_gelu('gelu_backward', x, *factors, grad, out)
     active = functional.gelu(x)
     grad.mul_(scale).addcmul_(active, slope)

@@ -5,7 +5,6 @@ from functools import reduce
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .shortcuts import is_traced
 
@@ -39,11 +38,25 @@ class GRN(nn.Module):
         Returns:
             Tensor: ``gamma * (x * N(x)) + beta + x``, shape and dtype of ``x``.
         """
-        gamma, beta = self.gamma.flatten(), self.beta.flatten()
-        # A compiler makes slow loops of flattened positions if it does not know how
-        # many there are.
-        features = x if is_traced() else x.flatten(1, -2)
-        return _GRNFunction.apply(features, gamma, beta).view_as(x)
+        return normalise(x, self.gamma, self.beta)
+
+
+def normalise(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    """Normalise features.
+
+    Args:
+        x (Tensor): Features, ``(N, ..., C)``.
+        gamma (Tensor): ``(1, 1, 1, C)``.
+        beta (Tensor): ``(1, 1, 1, C)``.
+
+    Returns:
+        Tensor: ``gamma * (x * N(x)) + beta + x``, shape and dtype of ``x``.
+    """
+    gamma, beta = gamma.flatten(), beta.flatten()
+    # TorchScript cannot save functions of our own.
+    if torch.jit.is_tracing():
+        return _scale_and_shift(x, _scale(gamma, _norms(x)), beta)
+    return _GRNFunction.apply(x, gamma, beta)
 
 
 class _GRNFunction(torch.autograd.Function):
@@ -56,14 +69,17 @@ class _GRNFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
         norm = _norms(x)
-        scale = gamma * response(norm) + 1
+        scale = _scale(gamma, norm)
         ctx.save_for_backward(x, gamma, beta, norm, scale)
-        return torch.addcmul(beta.to(x.dtype), x, scale.to(x.dtype))
+        return _scale_and_shift(x, scale, beta)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
         x, gamma, beta, norm, scale = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # To be differentiated itself, for which what was kept has no graph.
+            norm = _root(sum_of_products(x, x))
+            scale = _scale(gamma, norm)
         grad_scale = sum_of_products(grad, x)
         grad_gamma, slope = through_scale(grad_scale, gamma, norm)
         grad_x = grad * scale + x * slope
@@ -77,6 +93,20 @@ def _norms(x: Tensor) -> Tensor:
         return sum_of_products(x, x).sqrt_()
     dtype = torch.promote_types(x.dtype, torch.float32)
     return torch.linalg.vector_norm(x, dim=_positions(x), keepdim=True, dtype=dtype)
+
+
+def _root(squares: Tensor) -> Tensor:
+    """Return the root, which has a slope of 0 where there is nothing."""
+    present = squares > 0
+    return squares.where(present, 1).sqrt() * present
+
+
+def _scale(gamma: Tensor, norm: Tensor) -> Tensor:
+    return gamma * response(norm) + 1
+
+
+def _scale_and_shift(x: Tensor, scale: Tensor, beta: Tensor) -> Tensor:
+    return torch.addcmul(beta.to(x.dtype), x, scale.to(x.dtype))
 
 
 def _positions(x: Tensor) -> tuple[int, ...]:
@@ -102,9 +132,9 @@ def sum_of_products(a: Tensor, b: Tensor) -> Tensor:
     if is_traced():
         return (a.to(dtype) * b).sum(_positions(a), keepdim=True)
     elements = _PART if a.device.type == 'cpu' else _PART_ELSEWHERE
-    rows = max(elements * a.shape[1] // a.numel(), 1)
+    rows = max(elements * a.shape[1] // max(a.numel(), 1), 1)
     parts = zip(a.split(rows, dim=1), b.split(rows, dim=1), strict=True)
-    return total((x.to(dtype) * y).sum(1, keepdim=True) for x, y in parts)
+    return total((x.to(dtype) * y).sum(_positions(x), keepdim=True) for x, y in parts)
 
 
 def total(parts: Iterable[Tensor]) -> Tensor:
@@ -122,4 +152,6 @@ def through_scale(grad: Tensor, gamma: Tensor, norm: Tensor) -> tuple[Tensor, Te
     # Each channel's own norm, and the mean of all.
     through_mean = (of_gamma * gamma).mean(dim=-1, keepdim=True)
     grad_norm = (grad * gamma - through_mean) / mean
-    return of_gamma.flatten(0, -2).sum(0), torch.where(norm > 0, grad_norm / norm, 0)
+    present = norm > 0
+    slope = grad_norm / norm.where(present, 1) * present
+    return of_gamma.flatten(0, -2).sum(0), slope

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 from .grn import GRN
 from .layouts import Layout
 from .mlp import expand_and_project, is_quicker_by_parts
-from .shortcuts import is_observed
 
 # How weights start, unless a config says otherwise; GRN starts as the identity.
 INIT_CFG = dict(type='TruncNormal', layer=['Conv2d', 'Linear'], std=0.02, bias=0.0)
@@ -82,12 +81,8 @@ class Block(nn.Module):
         Returns:
             Tensor: Features of the same shape.
         """
-        modules = (self.pwconv1, self.act, self.grn, self.pwconv2)
+        first, act, grn, second = self.pwconv1, self.act, self.grn, self.pwconv2
         # Others may have been put in their places.
-        ours = tuple(map(type, modules)) == (nn.Linear, nn.GELU, GRN, nn.Linear)
-        linears = (self.pwconv1, self.pwconv2)
-        ours = ours and all(linear.bias is not None for linear in linears)
-        quick = ours and not is_observed(*modules) and is_quicker_by_parts(y)
-        if quick and isinstance(self.grn, GRN):
-            return expand_and_project(y, self.pwconv1, self.grn, self.pwconv2)
-        return self.pwconv2(self.grn(self.act(self.pwconv1(y))))
+        if isinstance(grn, GRN) and is_quicker_by_parts(y, first, act, grn, second):
+            return expand_and_project(y, first, grn, second)
+        return second(grn(act(first(y))))

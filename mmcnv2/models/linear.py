@@ -27,6 +27,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     # oneDNN writes a turned weight out anew, which takes as long as the product where
     # it is large; BLAS takes it as it lies.
     turned = not weight.is_contiguous() and weight.numel() >= _LARGE
+    # oneDNN reads a bias as if it were contiguous.
+    fits = fits and (bias is None or bias.is_contiguous())
     if not fits or turned:
         return functional.linear(x, weight, bias)
     return _BY_ONEDNN(x, weight, bias, 'none', [], '')

@@ -6,31 +6,44 @@ from itertools import islice
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from .gelu import gelu_backward, gelu_products, gelu_squares
-from .grn import GRN, response, through_scale, total
+from .grn import GRN, normalise, response, through_scale, total
 from .linear import linear
-from .shortcuts import autocast, dtype_of, is_traced
+from .shortcuts import autocast, dtype_of, is_ordinary, is_plain, is_traced
 
 # Expanded features that are dealt with at a time: what a last-level cache holds.
 _PART = 1 << 22
 
 
-def is_quicker_by_parts(x: Tensor) -> bool:
+def is_quicker_by_parts(
+    x: Tensor, pwconv1: nn.Module, act: nn.Module, grn: nn.Module, pwconv2: nn.Module
+) -> bool:
     """Tell whether :func:`expand_and_project` is the quick way.
 
     It is on CPUs, in 32 and 64 bits, and in bfloat16 where no gradients are wanted.
 
     Args:
         x (Tensor): Features, ``(N, ..., C)``.
+        pwconv1 (nn.Module): What stands in the place of the expansion.
+        act (nn.Module): In that of GELU.
+        grn (nn.Module): In that of GRN.
+        pwconv2 (nn.Module): In that of the projection.
 
     Returns:
-        bool: Whether it is. Never while a model is traced or compiled.
+        bool: Whether it is. Never while a model is traced or compiled, nor where there
+        are other layers than a block was built with, or observed ones.
     """
     dtypes = [torch.float32, torch.float64]
     dtypes += [] if torch.is_grad_enabled() else [torch.bfloat16]
-    return x.is_cpu and dtype_of(x) in dtypes and not is_traced()
+    fits = x.is_cpu and is_ordinary(x) and dtype_of(x) in dtypes and x.numel() > 0
+    if not fits or is_traced():
+        return False
+    linears = is_plain(pwconv1, nn.Linear) and is_plain(pwconv2, nn.Linear)
+    if not linears or pwconv1.bias is None or pwconv2.bias is None:
+        return False
+    return is_plain(grn, GRN) and is_plain(act, nn.GELU) and act.approximate == 'none'
 
 
 def expand_and_project(
@@ -40,7 +53,8 @@ def expand_and_project(
 
     The expanded features are several times as wide as the rest. They go through all of
     this by parts that a cache holds, of a few small pictures or of one that is large.
-    What enters GELU is all that is kept of them for the backward pass.
+    What enters GELU is all that is kept of them for the backward pass. A backward pass
+    that is to be differentiated itself goes by the layers, one after the other.
 
     Args:
         x (Tensor): Features, ``(N, ..., C)``.
@@ -53,10 +67,8 @@ def expand_and_project(
     """
     tokens, *first = autocast(x.flatten(1, -2), pwconv1)
     _, *second = autocast(tokens, pwconv2)
-    gamma, beta = grn.gamma, grn.beta.to(tokens.dtype)
-    out = _ExpandAndProject.apply(
-        tokens, *first, gamma, beta, *second, torch.is_grad_enabled()
-    )
+    keep = torch.is_grad_enabled()
+    out = _ExpandAndProject.apply(tokens, *first, grn.gamma, grn.beta, *second, keep)
     return out.view_as(x)
 
 
@@ -66,7 +78,8 @@ class _ExpandAndProject(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight1, bias1, gamma, beta, weight2, bias2, keep) -> Tensor:
         keep = keep and any(ctx.needs_input_grad)
-        ctx.shape, gamma, beta = gamma.shape, gamma.flatten(), beta.flatten()
+        inputs = x, weight1, bias1, gamma, beta, weight2, bias2
+        gamma, beta = gamma.flatten(), beta.flatten().to(x.dtype)
         precise = torch.promote_types(x.dtype, torch.float32)
         norms, scales = x.new_empty(2, len(x), 1, len(weight1), dtype=precise)
         out, kept = torch.empty_like(x), []
@@ -81,13 +94,15 @@ class _ExpandAndProject(torch.autograd.Function):
             for part, a in zip(parts, active, strict=True):
                 torch.addcmul(beta, a, scale, out=a)
                 out[part] = linear(a, weight2, bias2)
-        ctx.save_for_backward(x, weight1, gamma, beta, weight2, norms, scales, *kept)
+        ctx.save_for_backward(*inputs, norms, scales, *kept)
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight1, gamma, beta, weight2, norms, scales, *kept = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *_differentiable_gradients(ctx, grad), None
+        x, weight1, _, gamma, beta, weight2, _, norms, scales, *kept = ctx.saved_tensors
+        shape, gamma, beta = gamma.shape, gamma.flatten(), beta.flatten().to(x.dtype)
         grad_x, grad_bias2 = torch.empty_like(x), grad.sum((0, 1))
         grad_bias1, grad_gamma = torch.zeros_like(gamma), torch.zeros_like(gamma)
         grad_weight1 = grad_weight2 = None
@@ -110,9 +125,21 @@ class _ExpandAndProject(torch.autograd.Function):
                     grad_weight2 = _add_product(grad_weight2, grad[part], a)
         grad_beta = weight2.t() @ grad_bias2
         return (
-            *(grad_x, grad_weight1, grad_bias1, grad_gamma.view(ctx.shape)),
-            *(grad_beta.view(ctx.shape), grad_weight2, grad_bias2, None),
+            *(grad_x, grad_weight1, grad_bias1, grad_gamma.view(shape)),
+            *(grad_beta.view(shape), grad_weight2, grad_bias2, None),
         )
+
+
+def _differentiable_gradients(ctx, grad: Tensor) -> Iterator[Tensor | None]:
+    """Go back through the layers, one after the other, by operations with a graph."""
+    x, weight1, bias1, gamma, beta, weight2, bias2, *_ = ctx.saved_tensors
+    active = functional.gelu(functional.linear(x, weight1, bias1))
+    out = functional.linear(normalise(active, gamma, beta), weight2, bias2)
+    inputs = x, weight1, bias1, gamma, beta, weight2, bias2
+    needed = ctx.needs_input_grad[: len(inputs)]
+    wanted = [each for each, needs in zip(inputs, needed, strict=True) if needs]
+    grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
+    return (next(grads) if needs else None for needs in needed)
 
 
 def _groups(x: Tensor, wide: int) -> Iterator[tuple[slice, list[tuple[slice, slice]]]]:

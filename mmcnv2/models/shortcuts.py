@@ -13,24 +13,43 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
-def is_observed(*modules: nn.Module) -> bool:
-    """Tell whether anyone would miss the calls of modules, by hooks of any kind.
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Tell whether a module is what its class says, and nobody would miss its call.
 
-    Counters of operations put theirs on all modules at once.
+    Args:
+        module (nn.Module): What stands in the place of a layer.
+        kind (type[nn.Module]): The layer's class.
+
+    Returns:
+        bool: Whether it is of this very class, without a ``forward`` of its own,
+        without hooks of any kind (counters of operations put theirs on all modules at
+        once), and with ordinary tensors as parameters: others, such as quantised ones,
+        know what to do in PyTorch's own operations alone.
     """
+    if type(module) is not kind or 'forward' in vars(module):
+        return False
     hooks = (
-        '_forward_hooks',
-        '_forward_pre_hooks',
-        '_backward_hooks',
-        '_backward_pre_hooks',
+        *(module._forward_hooks, module._forward_pre_hooks),
+        *(module._backward_hooks, module._backward_pre_hooks),
     )
-    own = any(getattr(module, name) for module in modules for name in hooks)
-    return own or bool(_has_any_global_hook())
+    if any(hooks) or _has_any_global_hook():
+        return False
+    return all(map(is_ordinary, module.parameters()))
+
+
+def is_ordinary(tensor: Tensor) -> bool:
+    """Tell whether a tensor is none of a subclass.
+
+    Those may have no memory of their own, or not all of it.
+    """
+    return type(tensor) in (Tensor, nn.Parameter)
 
 
 def dtype_of(x: Tensor) -> torch.dtype:
-    """Return the dtype that a layer computes in: autocast's if it is on."""
+    """Return the dtype that a layer computes in: autocast's, where that casts."""
     device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return x.dtype
     autocasts = torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if autocasts else x.dtype
 

@@ -123,6 +123,17 @@ def test_memory_in_any_order():
         assert torch.equal(one, other)
 
 
+def test_parameters_in_any_order_of_memory():
+    conv, tiles = convolution(16), Tiles.of_pictures(2, 9, 10)
+    x, grad = draw(2, 9, 10, 16), draw(2, 9, 10, 16)
+    expected = results(conv, x, grad, tiles)
+    for parameter in conv.parameters():
+        parameter.data = torch.stack((parameter.data, parameter.data), -1)[..., 0]
+    assert not conv.bias.is_contiguous()
+    for one, other in zip(results(conv, x, grad, tiles), expected, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize('wanted', ['x', 'weight', 'bias'])
 def test_nothing_else_is_given_a_gradient(wanted):
     conv, x = convolution(8), draw(2, 8, 8, 8)

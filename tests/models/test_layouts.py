@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mmcnv2.models import ConvNeXtV2, kernels
+from mmcnv2.models.layouts import PackedLayout
 
 from ..conftest import needs_minkowski
 from .masked_reference import masked_encoder, visible_tokens
@@ -217,6 +218,43 @@ def test_compiles_to_one_graph_for_all_masks():
         torch.testing.assert_close(grads, expected_grads, rtol=1e-3, atol=1e-3)
 
 
+def test_compiles_with_checkpoints_too():
+    model = encoder(CUSTOM, torch.float32, with_cp=True)
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    image, mask = torch.randn(2, 3, 64, 96), random_mask(2, 2, 3, 0.5)
+    visible = int((~mask[0]).sum())
+    grads = []
+    for run in (compiled, model):
+        model.zero_grad()
+        sum(out.square().sum() for out in run(image, mask, visible)).backward()
+        grads.append([param.grad for param in model.parameters()])
+    for grad, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(grad, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize('compiled', [True, False])
+@pytest.mark.parametrize('ratio', [0.5, 0.0])
+def test_second_derivatives(ratio, compiled, monkeypatch):
+    """By kernels and without, of packed and of whole pictures."""
+    if not compiled:
+        monkeypatch.setattr(kernels, '_LIBRARY', None)
+    arch = dict(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16))
+    model, image = encoder(arch, torch.float32), torch.randn(2, 3, 64, 96)
+    mask = random_mask(2, 2, 3, ratio) if ratio else torch.zeros(2, 2, 3).bool()
+    exact = {name: value.double() for name, value in model.named_parameters()}
+
+    def second(outs, params):
+        loss = sum(out.square().sum() for out in outs)
+        grads = torch.autograd.grad(loss, params, create_graph=True)
+        square = sum(grad.square().sum() for grad in grads)
+        return torch.autograd.grad(square, params)
+
+    found = second(model(image, mask if ratio else None), [*model.parameters()])
+    reference = masked_encoder(exact, model.depths, image.double(), mask)
+    for one, other in zip(found, second(reference, [*exact.values()]), strict=True):
+        assert (one - other).abs().max() <= 1e-4 * other.abs().max()
+
+
 def test_unknown_sparse_layout():
     with pytest.raises(ValueError, match="'dense'; give one of packed, minkowski"):
         ConvNeXtV2('atto', sparse='dense')
@@ -256,3 +294,21 @@ def test_convolutions_may_be_observed(name):
     for out, other in zip(model(image, mask), expected, strict=True):
         torch.testing.assert_close(out, other)
     assert seen[0].shape[1] == CUSTOM['dims'][1]
+
+
+class Halved(torch.nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+def test_what_is_put_in_the_place_of_a_downsampling_is_run():
+    layout = PackedLayout(torch.zeros(2, 1, 1, dtype=torch.bool), num_visible=1)
+    x, conv = torch.randn(2, 64, 8), Halved(8, 16, 2, 2)
+    pictures = x.unflatten(1, (8, 8)).permute(0, 3, 1, 2)
+    expected = conv(pictures).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(layout.downsample(conv, x), expected)
+    conv = torch.nn.Conv2d(8, 16, 2, 2)
+    original = conv.forward
+    conv.forward = lambda x: 3 * original(x)
+    expected = conv(pictures).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(layout.downsample(conv, x), expected)

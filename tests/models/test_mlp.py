@@ -95,14 +95,21 @@ def test_bfloat16_is_as_exact_as_one_after_the_other(shape, hidden):
 
 
 def test_kinds_that_it_is_for():
-    x = torch.zeros(1, 8, 8, 16)
-    assert mlp.is_quicker_by_parts(x)
+    x, block = torch.zeros(1, 8, 8, 16), Block(16)
+
+    def fits(x):
+        modules = block.pwconv1, block.act, block.grn, block.pwconv2
+        return mlp.is_quicker_by_parts(x, *modules)
+
+    assert fits(x)
     for training in (True, False):
         with torch.set_grad_enabled(training):
-            assert mlp.is_quicker_by_parts(x.bfloat16()) != training
-            assert not mlp.is_quicker_by_parts(x.half())
+            assert fits(x.bfloat16()) != training
+            assert not fits(x.half())
             with torch.autocast('cpu'):
-                assert mlp.is_quicker_by_parts(x) != training
+                assert fits(x) != training
+                # Which autocast leaves alone.
+                assert fits(x.double())
 
 
 @pytest.mark.parametrize('name', ['pwconv1', 'act', 'grn', 'pwconv2'])
@@ -135,6 +142,88 @@ def test_what_is_put_in_the_place_of_a_layer_is_run():
     block.act, block.pwconv1 = nn.GELU(), nn.Linear(16, 64, bias=False)
     expected = block.pwconv2(block.grn(nn.functional.gelu(block.pwconv1(y))))
     torch.testing.assert_close(block.mlp(y), expected)
+    block = Block(16)
+    block.act = nn.GELU('tanh')
+    wide = nn.functional.gelu(block.pwconv1(y), approximate='tanh')
+    torch.testing.assert_close(block.mlp(y), block.pwconv2(block.grn(wide)))
+
+
+class Halved(torch.Tensor):
+    """What linear layers see half as large, as they see quantised weights."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is nn.functional.linear:
+            x, weight, bias = args
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(x, weight.as_subclass(torch.Tensor) / 2, bias)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize('name', ['pwconv1', 'grn', 'pwconv2'])
+def test_layers_that_were_changed_in_place_are_run(name):
+    y = torch.randn(1, 8, 8, 16)
+    block = Block(16)
+    layer = getattr(block, name)
+    original = layer.forward
+    layer.forward = lambda x: 2 * original(x)
+    expected = block.pwconv2(block.grn(block.act(block.pwconv1(y))))
+    torch.testing.assert_close(block.mlp(y), expected)
+
+
+def test_weights_of_other_kinds_are_asked_themselves():
+    y, block = torch.randn(1, 8, 8, 16), Block(16)
+    weight = block.pwconv1.weight.data
+    wide = nn.functional.linear(y, weight / 2, block.pwconv1.bias)
+    halved = weight.as_subclass(Halved)
+    block.pwconv1.weight = nn.Parameter(halved, requires_grad=False)
+    assert type(block.pwconv1.weight) is Halved
+    expected = block.pwconv2(block.grn(nn.functional.gelu(wide)))
+    torch.testing.assert_close(block.mlp(y), expected)
+
+
+def test_parameters_in_any_order_of_memory():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 5, 8, requires_grad=True)
+    made = layers(8, 32, torch.float32)
+    for parameter in (p for layer in made for p in layer.parameters()):
+        parameter.data = torch.stack((parameter.data, parameter.data), -1)[..., 0]
+        assert not parameter.is_contiguous()
+    out, expected = mlp.expand_and_project(x, *made), plain(x, *made)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    inputs = [x, *(p for layer in made for p in layer.parameters())]
+    grads = torch.autograd.grad(out.sum(), inputs)
+    others = torch.autograd.grad(expected.sum(), inputs)
+    for found, other in zip(grads, others, strict=True):
+        torch.testing.assert_close(found, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32], ids=str)
+def test_second_derivatives(dtype):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 5, 8, dtype=dtype, requires_grad=True)
+    made = layers(8, 32, dtype)
+    nn.init.normal_(made[0].weight)
+    inputs = [x, *(p for layer in made for p in layer.parameters())]
+
+    def second(function):
+        # By way of a sum as well, as in a block, by which some of it would come anyway.
+        out = (x + function(x, *made)).square().sum()
+        grads = torch.autograd.grad(out, inputs, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), inputs)
+
+    close = 1e-10 if dtype == torch.float64 else 1e-4
+    pairs = zip(second(mlp.expand_and_project), second(plain), strict=True)
+    for found, other in pairs:
+        assert (found - other).abs().max() <= close * other.abs().max()
+
+
+def test_an_empty_batch():
+    x = torch.zeros(0, 3, 5, 8, requires_grad=True)
+    block = Block(8)
+    out = block(x, DenseLayout())
+    out.sum().backward()
+    assert out.shape == x.shape == x.grad.shape
 
 
 def test_operations_are_counted():

@@ -12,9 +12,9 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..shortcuts import is_traced
+from ..shortcuts import is_ordinary, is_traced
 from ..tiles import Tiles
 
 _INTERFACE = 4  # of lanes.h
@@ -83,12 +83,8 @@ def fit(x: Tensor, *others: Tensor) -> bool:
     """
     if is_traced() or _LIBRARY is None:
         return False
-    return x.shape[-1] % _LANES == 0 and all(map(_is_ordinary, (x, *others)))
-
-
-def _is_ordinary(tensor: Tensor) -> bool:
-    # Subclasses may have no memory of their own, or not all of it.
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == 'cpu'
+    fits = x.shape[-1] % _LANES == 0
+    return fits and all(each.is_cpu and is_ordinary(each) for each in (x, *others))
 
 
 def convolve(x: Tensor, taps: Tensor, bias: Tensor | None, tiles: Tiles) -> Tensor:
@@ -104,6 +100,7 @@ def convolve(x: Tensor, taps: Tensor, bias: Tensor | None, tiles: Tiles) -> Tens
         Tensor: Of shape and dtype of ``x``.
     """
     x, taps = x.contiguous(), taps.contiguous()
+    bias = None if bias is None else bias.contiguous()
     out = torch.empty_like(x)
     _run('convolve', _describe(tiles, x), x, taps, bias, out)
     return out

@@ -2,11 +2,10 @@
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from ..depthwise import convolve_tiles, is_depthwise, is_quicker_by_tiles
-from ..shortcuts import autocast, is_observed, is_traced
+from ..shortcuts import autocast, is_plain, is_traced
 from ..tiles import Tiles
 
 
@@ -33,6 +32,10 @@ class PackedLayout:
         self.patches = (order[:, :num_visible] + first[:, None]).flatten()
         self._tiles_by_side: dict[int, Tiles] = {}
         self._tables: dict[int, Tensor] = {}
+        if is_traced():
+            # Within a block with checkpoints nothing could be remembered.
+            for side in Tiles.SIDES:
+                self._table(side)
 
     def stem(self, conv: nn.Conv2d, image: Tensor) -> Tensor:
         _, h, w = self.visible.shape
@@ -44,19 +47,18 @@ class PackedLayout:
     def depthwise(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
         if is_quicker_by_tiles(conv, x):
             return convolve_tiles(conv, x, self._tiles(self._side(x)))
-        plain = is_traced() or is_observed(conv)
-        if plain or not is_depthwise(conv, x.shape[-1]):
+        if is_traced() or not is_depthwise(conv, x.shape[-1]):
             return self.pick(conv(self.fill(x)), x)
         return _ConvolveInPictures.apply(*autocast(x, conv), self)
 
     def downsample(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
         """Convolve squares that do not overlap: a product of matrices."""
-        side, size = self._side(x), conv.kernel_size[0]
-        if is_observed(conv):
+        side = self._side(x)
+        if not _merges_squares(conv):
             tiles = x.reshape(-1, side, side, x.shape[-1]).permute(0, 3, 1, 2)
             return self._tokens(conv(tiles))
-        tiles = x.reshape(-1, side // size, size, side // size, size, x.shape[-1])
-        squares = tiles.transpose(2, 3).reshape(len(x), -1, size**2 * x.shape[-1])
+        tiles = x.reshape(-1, side // 2, 2, side // 2, 2, x.shape[-1])
+        squares = tiles.transpose(2, 3).reshape(len(x), -1, 4 * x.shape[-1])
         weight = conv.weight.permute(0, 2, 3, 1).flatten(1)
         return functional.linear(squares, weight, conv.bias)
 
@@ -114,6 +116,14 @@ class PackedLayout:
         return self._tables[side]
 
 
+def _merges_squares(conv: nn.Module) -> bool:
+    """Tell whether a convolution is one of 2 x 2 positions that do not overlap."""
+    if not is_plain(conv, nn.Conv2d):
+        return False
+    geometry = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
+    return geometry == ((2, 2), (2, 2), (0, 0), (1, 1), 1)
+
+
 class _ConvolveInPictures(torch.autograd.Function):
     """Depthwise convolution of visible tokens in otherwise empty pictures.
 
@@ -130,7 +140,6 @@ class _ConvolveInPictures(torch.autograd.Function):
         return layout.pick(out, x)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         (x, weight), layout = ctx.saved_tensors, ctx.layout
         tensors = layout.fill(grad), layout.fill(x), weight
