@@ -38,8 +38,12 @@ def check_arguments(cls: Class) -> Class:
 
     @wraps(init)
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
-        # What is unknown or missing, Python refuses by name.
-        for name, value in signature.bind(self, *args, **kwargs).arguments.items():
+        try:
+            arguments = signature.bind(self, *args, **kwargs).arguments
+        except TypeError as error:
+            # What is unknown or missing.
+            raise TypeError(f'{cls.__name__} {error}') from None
+        for name, value in arguments.items():
             if name in hints and not _fits(value, hints[name]):
                 expected = inspect.formatannotation(hints[name])
                 raise TypeError(

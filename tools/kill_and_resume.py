@@ -14,6 +14,7 @@ import shutil
 import sys
 import time
 from contextlib import suppress
+from itertools import takewhile
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -61,7 +62,7 @@ def settings_of(args: argparse.Namespace) -> list[str]:
     cfg = read_config(args)
     import_library(cfg.get('default_scope', 'mmengine'))
     given = sys.argv[sys.argv.index('--cfg-options') + 1 :] if args.cfg_options else []
-    given = [each for each in given if not each.startswith('--')]
+    given = [*takewhile(lambda each: not each.startswith('--'), given)]
     seed = (cfg.get('randomness') or {}).get('seed')
     return given if seed is not None else [*given, 'randomness.seed=0']
 

@@ -1,6 +1,7 @@
 """Show how well a pre-trained model reconstructs pictures of which it sees a part."""
 
 import argparse
+from typing import Any
 
 from mmcnv2.apis import FCMAEInferencer
 from mmcnv2.engine.launch import checkpoint_path, config_path
@@ -21,18 +22,31 @@ def parse_args() -> argparse.Namespace:
         '--device', help='cpu, cuda:0, ...; an accelerator if there is one by default'
     )
     parser.add_argument(
-        '--batch-size', type=int, default=8, help='pictures to reconstruct at once'
+        '--batch-size', type=positive, default=8, help='pictures to reconstruct at once'
     )
     return parser.parse_args()
 
 
-def main() -> None:
-    args = parse_args()
+def positive(text: str) -> int:
+    if text.isdecimal() and int(text):
+        return int(text)
+    raise argparse.ArgumentTypeError(f'{text} is no positive number')
+
+
+def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
     reconstruct = FCMAEInferencer(
         args.config, args.checkpoint, args.device, show_progress=True
     )
     results = reconstruct(args.input, batch_size=args.batch_size, out_dir=args.out_dir)
-    predictions = results['predictions']
+    return results['predictions']
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        predictions = predict(args)
+    except (FileNotFoundError, RuntimeError, TypeError) as error:
+        raise SystemExit(str(error)) from None
     for each in predictions:
         print(
             f'loss {each["loss"]:.4f}  PSNR {each["psnr"]:.2f} dB  {each["img_path"]}'

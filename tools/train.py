@@ -86,11 +86,12 @@ def main() -> None:
         enable_amp(cfg)
     if args.auto_scale_lr:
         cfg.merge_from_dict({'auto_scale_lr.enable': True})
+    start = cfg.get('load_from')
     if args.resume:
         cfg.resume = True
         # Without a path the runner looks for the latest checkpoint itself.
         cfg.load_from = None if args.resume == 'auto' else args.resume
-    runner = build_runner(cfg)
+    runner = build_runner(cfg, start)
     check_annotations(cfg.train_dataloader, cfg.get('val_dataloader'))
     check_for_a_batch(runner)
     runner.train()

@@ -1,4 +1,7 @@
-_base_ = 'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py'
+_base_ = [
+    'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py',
+    '../_base_/schedules/spared_norms.py',
+]
 
 custom_imports = dict(imports=['mmcnv2'])
 
@@ -15,3 +18,7 @@ model = dict(
     ),
     neck=dict(in_channels=[192, 384, 768]),
 )
+
+# The decoder's own norm is called as those of blocks are.
+spared = {**_base_.spared_norms, 'decoder.norm.': dict(lr_mult=1.0)}
+optim_wrapper = dict(paramwise_cfg=dict(custom_keys=spared))

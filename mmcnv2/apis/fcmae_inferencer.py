@@ -19,6 +19,7 @@ from torch import nn
 
 from mmcnv2.datasets.unlabelled import find_pictures
 from mmcnv2.evaluation import hidden_psnr
+from mmcnv2.models import FCMAE
 from mmcnv2.registry import INFERENCERS
 from mmcnv2.visualization import reconstruction_grid
 
@@ -42,6 +43,7 @@ class FCMAEInferencer(BaseInferencer):
     Raises:
         FileNotFoundError: If ``model`` is a path where there is no config.
         RuntimeError: If the weights do not fit the model.
+        TypeError: If the config is of another model.
     """
 
     visualize_kwargs: set[str] = {'out_dir', 'return_vis'}  # noqa: RUF012
@@ -174,6 +176,11 @@ class FCMAEInferencer(BaseInferencer):
     def _load_weights_to_model(
         self, model: nn.Module, checkpoint: dict | None, cfg: Config | None
     ) -> None:
+        if not isinstance(model, FCMAE):
+            raise TypeError(
+                f'the config is of {type(model).__name__}, but reconstructing takes '
+                'FCMAE; give the config that the backbone was pre-trained with'
+            )
         if checkpoint is None:
             super()._load_weights_to_model(model, checkpoint, cfg)
         else:

@@ -103,7 +103,8 @@ class UnlabelledImages(BaseDataset):
     Raises:
         FileNotFoundError: If the folder or the list does not exist, or there is no
             picture in it.
-        ValueError: If it is not said where to look, or the list is in JSON format.
+        ValueError: If it is not said where to look, or by another name than
+            ``img_path``, or the list is in JSON format.
     """
 
     METAINFO: ClassVar[dict] = dict(
@@ -118,6 +119,12 @@ class UnlabelledImages(BaseDataset):
         max_refetch: int = 100,
         **kwargs: Any,
     ) -> None:
+        unknown = set(data_prefix or {}) - {'img_path'}
+        if unknown:
+            raise ValueError(
+                f'data_prefix of UnlabelledImages is {data_prefix}; it holds nothing '
+                "but 'img_path', the folder of pictures"
+            )
         # Broken files that the next readable one stands for.
         self._replaced: list[str] = []
         super().__init__(

@@ -14,6 +14,7 @@ import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from hashlib import sha256
 from pathlib import Path
 from pickle import UnpicklingError
 from types import FunctionType, ModuleType
@@ -174,7 +175,8 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
 def load_from_http(filename: str, map_location: Any = None) -> Any:
     """Load a checkpoint from a URL, through torch's download cache, safely.
 
-    MMEngine's own loader leaves safe loading off for downloads.
+    MMEngine's own loader leaves safe loading off for downloads. A file whose name holds
+    no hash, as ``model.safetensors`` of many a model, gets one of its URL in the cache.
 
     Args:
         filename: The URL.
@@ -183,7 +185,7 @@ def load_from_http(filename: str, map_location: Any = None) -> Any:
     Returns:
         What the file holds, usually a dict.
     """
-    path = Path(torch.hub.get_dir(), 'checkpoints', Path(urlparse(filename).path).name)
+    path = Path(torch.hub.get_dir(), 'checkpoints', _cached_name(filename))
     if is_main_process():
         _download(filename, path)
     barrier()
@@ -272,6 +274,9 @@ def _last_ones_first(work_dir: Path) -> list[str]:
         last = note.read_text().strip()
     if '://' in last:
         return [last]
+    # Of a copied folder the note names the original.
+    if last and (own := work_dir / Path(last).name).exists():
+        last = str(own)
     # The best ones, and published ones, have no state of the optimizer.
     pattern = re.compile(r'(?!best_).*?(_\d+|interrupted)\.pth')
     found = {
@@ -369,6 +374,13 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
         return package.torch.load_file(path)
     except package.SafetensorError as error:
         raise _failure(path, error) from None
+
+
+def _cached_name(url: str) -> str:
+    name = Path(urlparse(url).path)
+    if re.search(r'-[0-9a-f]{8,}$', name.stem):
+        return name.name
+    return f'{name.stem}-{sha256(url.encode()).hexdigest()[:8]}{name.suffix}'
 
 
 def _download(url: str, path: Path) -> None:

@@ -167,7 +167,9 @@ class CheckpointHook(_CheckpointHook):
             self.file_backend = later.backend
         infos = runner.message_hub.runtime_info.items()
         best = [info for key, info in infos if key.startswith('best_ckpt')]
-        self._remove([path for path in later.paths if path not in best])
+        # What was resumed from in another folder is that run's.
+        own = [path for path in later.paths if path == self._path(Path(path).name)]
+        self._remove([path for path in own if path not in best])
 
     def _save(
         self, runner: Runner, name: str, meta: dict[str, int], by_epoch: bool

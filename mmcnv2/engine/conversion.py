@@ -218,13 +218,20 @@ def convert_checkpoint(
         FileNotFoundError: There is no such checkpoint.
         ImportError: A file is to be of safetensors, which is not installed.
         RuntimeError: The file is no checkpoint, or loading it could run code.
-        ValueError: It holds no ConvNeXt V2, or an argument is none of the above.
+        ValueError: It holds no ConvNeXt V2, the new file would take its place, or an
+            argument is none of the above.
     """
     target = Path(target).expanduser()
     if target.suffix not in SUFFIXES:
         raise ValueError(
             f'the name of {target} ends in none of {", ".join(SUFFIXES)}; give it an '
             'ending that says what kind of file to write'
+        )
+    given = Path(source).expanduser()
+    if given.exists() and target.exists() and target.samefile(given):
+        raise ValueError(
+            f'{target} is the checkpoint itself, of which a conversion keeps the '
+            'weights alone; give the new file another name'
         )
     weights = load_weights(source)
     try:
@@ -369,10 +376,14 @@ def save_weights(weights: Weights, path: str | Path, holder: str | None = None) 
     weights = {name: value.contiguous() for name, value in weights.items()}
     with renamed_when_whole(unfinished, path):
         if path.suffix == '.safetensors':
+            unfinished.touch()
+            mode = unfinished.stat().st_mode
             # transformers refuses files that do not say this.
             import_safetensors().torch.save_file(
                 weights, unfinished, metadata={'format': 'pt'}
             )
+            # It is for its owner alone otherwise.
+            unfinished.chmod(mode)
         else:
             torch.save({holder: weights} if holder else weights, unfinished)
 

@@ -214,7 +214,7 @@ class ExactResumeHook(Hook):
         data_batch: dict[str, Any] | None = None,
     ) -> None:
         """Draw by the number of the iteration."""
-        seed_draws(runner.seed, runner.iter)
+        _seed_iteration(runner)
 
     def after_train_iter(
         self,
@@ -233,7 +233,7 @@ class ExactResumeHook(Hook):
 
     def before_val(self, runner: Runner) -> None:
         """Draw by the number of the iteration."""
-        seed_draws(runner.seed, runner.iter)
+        _seed_iteration(runner)
 
     def after_val_epoch(
         self, runner: Runner, metrics: dict[str, float] | None = None
@@ -349,6 +349,11 @@ def _has_gradients(runner: Runner) -> bool:
 
 def _unwrapped(model: Any) -> nn.Module:
     return model.module if is_model_wrapper(model) else model
+
+
+def _seed_iteration(runner: Runner) -> None:
+    # In each process another, so that not all drop the same paths of their pictures.
+    seed_draws(runner.seed + runner.rank, runner.iter)
 
 
 def _place(runner: Runner) -> tuple[int, int]:

@@ -3,6 +3,8 @@
 import os
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterator
+from difflib import get_close_matches
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.hooks import CheckpointHook as _CheckpointHook
 from mmengine.hooks import Hook
 from mmengine.registry import DATASETS, RUNNERS
-from mmengine.runner import Runner
+from mmengine.runner import FlexibleRunner, Runner
 
 from ..datasets.coco_check import check_coco
 from .checkpoint import find_resumable
@@ -84,13 +86,16 @@ def read_config(args: Namespace) -> Config:
     """Read the config that ``config`` and ``--cfg-options`` describe."""
     cfg = _Config()
     cfg.__setstate__(Config.fromfile(args.config).__getstate__())
+    _check_names(args.cfg_options or {}, cfg)
     cfg.merge_from_dict(args.cfg_options or {})
     return cfg
 
 
 def load_config(args: Namespace) -> Config:
     """Read the config, ready for the run that the common arguments describe."""
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    # What Open MPI calls it, MMEngine reads but for models.
+    local_rank = os.environ.get('OMPI_COMM_WORLD_LOCAL_RANK', str(args.local_rank))
+    os.environ.setdefault('LOCAL_RANK', local_rank)
     cfg = read_config(args)
     cfg.launcher = args.launcher
     default_work_dir = str(Path('work_dirs', Path(args.config).stem))
@@ -98,7 +103,7 @@ def load_config(args: Namespace) -> Config:
     return cfg
 
 
-def build_runner(cfg: Config) -> Runner:
+def build_runner(cfg: Config, start: str | None = None) -> Runner:
     """Build the config's runner, also for several processes without accelerators.
 
     Where ``auto_scale_lr`` is enabled it counts accumulated batches too. Training is
@@ -109,6 +114,8 @@ def build_runner(cfg: Config) -> Runner:
 
     Args:
         cfg: A config that is ready to run.
+        start: Checkpoint to load if it is to resume by itself and there is nothing to
+            resume from.
 
     Returns:
         The runner.
@@ -127,7 +134,8 @@ def build_runner(cfg: Config) -> Runner:
         runner.register_hook(NonFiniteLossHook())
     make_resumable(runner)
     if runner._resume is True and runner._load_from is None:
-        runner._load_from = _found_by_first(runner.work_dir)
+        found = _found_by_first(runner.work_dir)
+        runner._load_from, runner._resume = found or start, found is not None
     return runner
 
 
@@ -204,15 +212,33 @@ class _ResumeFromRuns(Hook):
     """Refuse to resume from weights alone, before any of them is loaded."""
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        if not runner._resume or {'meta', 'message_hub'} <= checkpoint.keys():
+        needed = {'meta', 'message_hub'}
+        # Strategies keep their own, elsewhere, or fail for want of it.
+        if not hasattr(runner, 'strategy'):
+            needed.add('optimizer')
+        if not runner._resume or needed <= checkpoint.keys():
             return
         raise SystemExit(
             f'Cannot resume from {runner._load_from}: it holds weights, but not how '
-            'far training had come. To start a new run from these weights leave '
-            f'--resume out and add --cfg-options load_from={runner._load_from}, or, '
-            "for the backbone alone, model.backbone.init_cfg = dict(type='Pretrained', "
-            'checkpoint=...) in the config.'
+            'far training and its optimizer had come; nor do the best checkpoints, and '
+            'those of save_optimizer=False. To start a new run from these weights '
+            f'leave --resume out and add --cfg-options load_from={runner._load_from}, '
+            "or, for the backbone alone, model.backbone.init_cfg = dict(type='"
+            "Pretrained', checkpoint=...) in the config."
         )
+
+
+def _check_names(options: dict[str, Any], cfg: Config) -> None:
+    """Refuse what is nearly a setting: MMEngine would take it for a variable."""
+    known = {*signature(Runner).parameters, *signature(FlexibleRunner).parameters}
+    for key in options:
+        name = key.split('.')[0]
+        close = get_close_matches(name, known, 1, cutoff=0.8)
+        if close and name not in known and name not in cfg:
+            raise SystemExit(
+                f'--cfg-options {key}: neither the config nor MMEngine has {name!r}. '
+                f'Did you mean {close[0]!r}?'
+            )
 
 
 def _check_auto_scale_lr(cfg: Config) -> None:
@@ -227,11 +253,12 @@ def _check_auto_scale_lr(cfg: Config) -> None:
 
 
 def _save_safely(cfg: Config) -> None:
-    hooks = cfg.setdefault('default_hooks', {})
-    hook = hooks.setdefault('checkpoint', dict(type='CheckpointHook'))
+    hooks = cfg.get('default_hooks') or {}
+    hook = hooks.get('checkpoint', dict(type='CheckpointHook'))
     plain = (_CheckpointHook, 'CheckpointHook', 'mmengine.CheckpointHook')
     if hook and hook.get('type') in plain:
-        hook['type'] = 'mmcnv2.CheckpointHook'
+        hook = {**hook, 'type': 'mmcnv2.CheckpointHook'}
+    cfg.default_hooks = {**hooks, 'checkpoint': hook}
 
 
 def _found_by_first(work_dir: str) -> str | None:

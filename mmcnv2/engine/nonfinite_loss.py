@@ -179,8 +179,6 @@ def _first_layer(
     model: nn.Module, args: tuple, kwargs: dict, random_states: list[Tensor]
 ) -> str:
     """Run a batch, and tell which layer first put out what is not finite."""
-    if not _is_finite([args, kwargs]):
-        return 'Pixels of the pictures are not finite already:'
     found: list[str] = []
 
     def look(name: str, layer: nn.Module, given: tuple, output: Any) -> None:
@@ -208,6 +206,8 @@ def _first_layer(
     finally:
         for handle in handles:
             handle.remove()
+    if not _is_finite([args, kwargs]):
+        return 'Pixels of the pictures are not finite already:'
     if not found:
         return 'All layers put out finite values, so it is the loss itself. Pictures:'
     return f'The first layer to put out such values: {found[0]}. Pictures:'

@@ -254,6 +254,14 @@ class ConvNeXtV2(BaseModule):
         # Sharded over processes, say, which PyTorch sees to.
         if ours != self._built:
             return
+        if not weights:
+            raise RuntimeError(
+                "the checkpoint has no weights by the backbone's names. Where a whole "
+                'model is loaded (load_from, --resume, testing) it has to be one of '
+                'the whole model, as training writes them; one of a backbone alone, '
+                "of whichever library, goes into the backbone's init_cfg="
+                "dict(type='Pretrained', checkpoint=...)"
+            )
         blocks = tuple(f'stages.{i}.' for i in range(len(self.stages)))
         found = {
             name: value.shape

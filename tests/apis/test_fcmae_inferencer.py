@@ -196,11 +196,33 @@ def test_says_which_file_is_wrong(inferencer, tmp_path, content, error, message)
         inferencer(str(path))
 
 
+def test_configs_of_other_models_are_refused():
+    config = ROOT / 'configs' / 'demo' / 'upernet_convnextv2-atto_demo.py'
+    with pytest.raises(TypeError, match=r'of EncoderDecoder, .* takes FCMAE'):
+        FCMAEInferencer(config)
+
+
 def test_missing_config_and_empty_folder(inferencer, tmp_path):
     with pytest.raises(FileNotFoundError, match=r'none\.py'):
         FCMAEInferencer(tmp_path / 'none.py')
     with pytest.raises(FileNotFoundError, match='There is no picture in'):
         inferencer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['none'], r'There is no picture .*none'),
+        (['pictures', '--batch-size', '0'], '2'),
+    ],
+)
+def test_tool_stops_with_a_message(folder, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(folder)
+    out = ['--out-dir', str(tmp_path / 'out'), '--device', 'cpu']
+    argv = ['reconstruct.py', 'config.py', 'model.pth', *arguments, *out]
+    monkeypatch.setattr(sys, 'argv', argv)
+    with pytest.raises(SystemExit, match=message):
+        runpy.run_path(str(ROOT / 'tools' / 'reconstruct.py'), run_name='__main__')
 
 
 def test_tool(folder, tmp_path, monkeypatch, capsys):

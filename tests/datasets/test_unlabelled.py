@@ -98,6 +98,11 @@ def test_list(tree):
             r'a\.json.*leave ann_file',
         ),
         ({}, ValueError, 'Set data_root'),
+        (
+            dict(data_root='{}', data_prefix=dict(img='a')),
+            ValueError,
+            r"{'img': 'a'}; it holds nothing but 'img_path'",
+        ),
     ],
 )
 def test_nothing_to_take_is_an_error_at_once(tmp_path, arguments, error, message):
@@ -105,7 +110,10 @@ def test_nothing_to_take_is_an_error_at_once(tmp_path, arguments, error, message
     (tmp_path / 'empty' / 'notes.txt').touch()
     (tmp_path / '0.txt').write_text('\n\n')
     (tmp_path / 'a.json').write_text('{}')
-    arguments = {key: value.format(tmp_path) for key, value in arguments.items()}
+    arguments = {
+        key: value.format(tmp_path) if isinstance(value, str) else value
+        for key, value in arguments.items()
+    }
     with pytest.raises(error, match=message):
         UnlabelledImages(**arguments)
 

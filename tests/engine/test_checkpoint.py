@@ -24,7 +24,7 @@ from mmengine.runner.checkpoint import load_checkpoint
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-import mmcnv2  # noqa: F401
+from mmcnv2.engine.checkpoint import load_from_http
 
 
 class Regression(BaseModel):
@@ -317,9 +317,27 @@ def test_downloads_are_loaded_safely_too(
 
     mark = tmp_path / 'mark'
     write(Call(os.system, f'touch {mark}'), folder / 'bad.pth', zipped=True)
-    with pytest.raises(RuntimeError, match=r'Refused to load .*bad\.pth'):
+    with pytest.raises(RuntimeError, match=r'Refused to load .*bad-\w+\.pth'):
         load_checkpoint(Regression(), f'{url}/bad.pth')
     assert not mark.exists()
+
+
+def test_files_of_one_name_and_several_urls(
+    server: tuple[str, Path], tmp_path: Path
+) -> None:
+    """As all of Hugging Face's are called."""
+    url, folder = server
+    for value, name in enumerate(('a', 'b')):
+        (folder / name).mkdir()
+        torch.save({'x': torch.tensor(value)}, folder / name / 'model.pth')
+        torch.save({'x': torch.tensor(value)}, folder / f'{name}-0123abcd.pth')
+    for value, name in enumerate(('a', 'b')):
+        for path in (f'{name}/model.pth', f'{name}-0123abcd.pth'):
+            assert load_from_http(f'{url}/{path}')['x'] == value
+    # Those with a hash are where others have put them, or look for them.
+    cached = {path.name for path in (tmp_path / 'cache' / 'checkpoints').iterdir()}
+    assert {'a-0123abcd.pth', 'b-0123abcd.pth'} < cached
+    assert len(cached) == 4
 
 
 def test_named_checkpoints_are_loaded_safely_too(
@@ -340,7 +358,7 @@ def test_named_checkpoints_are_loaded_safely_too(
     for name in ('open-mmlab://good', 'openmmlab://own'):
         checkpoint = load_checkpoint(Regression(), name)
         assert checkpoint['meta']['epoch'] == 2
-    with pytest.raises(RuntimeError, match=r'Refused to load .*worse\.pth'):
+    with pytest.raises(RuntimeError, match=r'Refused to load .*worse-\w+\.pth'):
         load_checkpoint(Regression(), 'openmmlab://bad')
     assert not mark.exists()
     with pytest.raises(KeyError, match="open-mmlab has no checkpoint 'none'"):

@@ -1,6 +1,7 @@
 """What is removed, what stays, and what is resumed from when files are broken."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -27,7 +28,9 @@ class Rising(BaseMetric):
         return {'score': self.score}
 
 
-def train(work_dir: Path, epochs: int, **settings: Any) -> Runner:
+def train(
+    work_dir: Path, epochs: int, resume: str | None = None, **settings: Any
+) -> Runner:
     runner = Runner(
         Regression(),
         str(work_dir),
@@ -41,6 +44,8 @@ def train(work_dir: Path, epochs: int, **settings: Any) -> Runner:
             'checkpoint': {'type': 'mmcnv2.CheckpointHook', 'interval': 1, **settings}
         },
         experiment_name=uuid4().hex,
+        load_from=resume,
+        resume=resume is not None,
     )
     runner.train()
     return runner
@@ -95,6 +100,23 @@ def test_the_best_one_stays_until_there_is_a_better_one(tmp_path: Path) -> None:
     (tmp_path / f'best_score_epoch_2.pth{PARTIAL}').mkdir()
     train(tmp_path, 2, save_best='score', rule='greater')
     assert names(tmp_path) == ['best_score_epoch_1.pth', 'epoch_1.pth', 'epoch_2.pth']
+
+
+def test_the_best_one_of_a_run_elsewhere_stays(tmp_path: Path) -> None:
+    best = dict(save_best='score', rule='greater')
+    train(tmp_path / 'first', 1, **best)
+    last = str(tmp_path / 'first' / 'epoch_1.pth')
+    train(tmp_path / 'second', 3, resume=last, **best)
+    assert (tmp_path / 'first' / 'best_score_epoch_1.pth').exists()
+    assert names(tmp_path / 'second')[0] == 'best_score_epoch_3.pth'
+
+
+def test_of_a_copied_run_its_own_is_resumed_from(run: Path, tmp_path: Path) -> None:
+    copied = tmp_path / 'copied'
+    shutil.copytree(run, copied)
+    assert find_resumable(str(copied)) == str(copied / 'epoch_3.pth')
+    os.truncate(copied / 'epoch_3.pth', 100)
+    assert find_resumable(str(copied)) == str(copied / 'epoch_2.pth')
 
 
 def test_a_failed_write_leaves_the_file_as_it_was(tmp_path: Path) -> None:

@@ -428,9 +428,10 @@ def test_files(target, suffix, tmp_path):
     conversion = convert_checkpoint(tmp_path / 'ours.pth', there, target)
     assert [path.name for path in there.parent.iterdir()] == [there.name]
     assert_same(load_weights(there), conversion.weights)
-    # A file may be replaced by its own conversion.
-    back = convert_checkpoint(there, there, 'ours')
-    assert_same(load_weights(there), back.weights)
+    with pytest.raises(ValueError, match='is the checkpoint itself'):
+        convert_checkpoint(there, there, 'ours')
+    back = convert_checkpoint(there, tmp_path / 'ours.pth', 'ours')
+    assert_same(load_weights(tmp_path / 'ours.pth'), back.weights)
     if target != 'transformers-backbone':
         assert_same(back.weights, weights)
 
@@ -481,6 +482,14 @@ def test_failed_writing_leaves_the_old_file(suffix, tmp_path, monkeypatch):
         save_weights({'a': torch.zeros(2)}, path)
     assert list(tmp_path.iterdir()) == [path]
     assert_same(load_weights(path), {'a': torch.ones(2)})
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+def test_others_may_read_what_is_written(suffix, tmp_path):
+    path, usual = tmp_path / f'weights{suffix}', tmp_path / 'usual'
+    usual.touch()
+    save_weights({'a': torch.ones(2)}, path)
+    assert path.stat().st_mode == usual.stat().st_mode
 
 
 def test_safetensors_absent_or_broken(tmp_path, monkeypatch):

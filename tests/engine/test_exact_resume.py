@@ -2,6 +2,7 @@
 
 import pickle
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,12 @@ from mmengine.dataset import DefaultSampler, InfiniteSampler
 from torch.utils.data import BatchSampler, DataLoader
 
 import mmcnv2  # noqa: F401
-from mmcnv2.engine.exact_resume import ResumableBatchSampler, SeededBatch, seed_draws
+from mmcnv2.engine.exact_resume import (
+    ExactResumeHook,
+    ResumableBatchSampler,
+    SeededBatch,
+    seed_draws,
+)
 
 BATCHES = dict(type=BatchSampler, drop_last=True)
 
@@ -55,6 +61,16 @@ def test_draws_depend_on_their_place() -> None:
     assert draws == [draw(*place) for place in places]
     for kind in (1, 2, 3):
         assert len({each[kind] for each in draws}) == len(places)
+
+
+def test_processes_draw_differently() -> None:
+    def draw(rank: int, iteration: int) -> float:
+        runner = SimpleNamespace(seed=3, rank=rank, iter=iteration)
+        ExactResumeHook().before_train_iter(runner, 0)
+        return torch.rand(()).item()
+
+    assert len({draw(rank, i) for rank in range(4) for i in range(3)}) == 12
+    assert draw(1, 2) == draw(1, 2)
 
 
 @pytest.mark.parametrize('kind', [DefaultSampler, InfiniteSampler])

@@ -1,5 +1,6 @@
 """Losses that are not finite, in real runs: the message, the stop, and no trace."""
 
+import datetime
 import re
 import sys
 from pathlib import Path
@@ -39,6 +40,8 @@ class Numbers(Dataset):
 
     metainfo: dict = {}  # noqa: RUF012
 
+    broken: int | None = None
+
     def __init__(self, side: int = 32) -> None:
         self.side = side
 
@@ -48,6 +51,8 @@ class Numbers(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(index)
         picture = index + torch.rand(3, self.side, self.side, generator=generator)
+        if index == self.broken:
+            picture[0, 0, 0] = float('nan')
         sample = BaseDataElement(metainfo=dict(img_path=f'pictures/{index:02}.png'))
         return {'inputs': picture, 'data_samples': sample}
 
@@ -71,7 +76,7 @@ class Net(BaseModel):
     def forward(self, inputs: Tensor, data_samples: list, mode: str) -> dict:
         x = self.last(self.layer(inputs.mean((2, 3))))
         # Constant, so that the gradients stay finite and training could go on.
-        hit = any(int(picture.mean()) in self.broken for picture in inputs)
+        hit = any(int(x) in self.broken for x in inputs.nan_to_num().mean((1, 2, 3)))
         return {
             'loss_a': x.square().mean() + (float('inf') if hit else 0),
             'loss_b': [x.mean()],
@@ -204,25 +209,42 @@ def test_number_out_of_range(number):
         HOOKS.build(dict(HOOK, max_in_a_row=number))
 
 
-def train_as_one_of_two(folder: Path) -> None:
+class Meeting(nn.Module):
+    """Communicates, as SyncBN does, which wants GPUs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = x.detach().sum(0)
+        torch.distributed.all_reduce(total)
+        return x + 0 * total.nan_to_num()
+
+
+def train_as_one_of_two(folder: Path, pixels: bool) -> None:
     """Run in each of two processes, by ``test_two_processes_stop_together``."""
-    torch.distributed.init_process_group('gloo')
+    patience = datetime.timedelta(seconds=60)
+    torch.distributed.init_process_group('gloo', timeout=patience)
     # Only the second process meets it: it takes pictures 9 and 11 third.
-    model = MMDistributedDataParallel(Net(broken=(11,)))
-    runner = make_runner(folder, model)
+    net = Net(broken=() if pixels else (11,))
+    net.last = Meeting()
+    runner = make_runner(folder, MMDistributedDataParallel(net))
+    if pixels:
+        runner.train_dataloader.dataset.broken = 11
     try:
         runner.train()
     except FloatingPointError as error:
         print(f'iter {runner.iter}: {error}')
 
 
-def test_two_processes_stop_together(tmp_path):
-    output = run_tool([__file__, str(tmp_path)], tmp_path, processes=2).stdout
-    told = r'iter 2: The loss of iteration 3 is not finite\.\nProcess 1: loss_a\. .* '
-    told += r'Pictures: pictures/09\.png, pictures/11\.png\n'
+@pytest.mark.parametrize(
+    ('what', 'reason'),
+    [('loss', r'loss_a\. .* Pictures'), ('pixels', r'loss_a, loss_b\. Pixels .*')],
+)
+def test_two_processes_stop_together(what, reason, tmp_path):
+    output = run_tool([__file__, str(tmp_path), what], tmp_path, processes=2).stdout
+    told = rf'iter 2: The loss of iteration 3 is not finite\.\nProcess 1: {reason}'
+    told += r': pictures/09\.png, pictures/11\.png\n'
     assert len(re.findall(told, output)) == 2, output
     assert 'Process 0' not in output
 
 
 if __name__ == '__main__':
-    train_as_one_of_two(Path(sys.argv[1]))
+    train_as_one_of_two(Path(sys.argv[1]), sys.argv[2] == 'pixels')

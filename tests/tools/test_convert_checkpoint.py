@@ -55,6 +55,7 @@ def test_tells_what_is_left_out(official, run_here, capsys, tmp_path):
         (['broken.pth', 'new.pth'], r'Cannot read broken\.pth \(3 bytes\)'),
         (['odd.pth', 'new.txt'], r'new\.txt ends in none of'),
         (['odd.pth', 'new.pth', '--from', 'timm'], 'no ConvNeXt V2'),
+        (['odd.pth', './odd.pth'], r'odd\.pth is the checkpoint itself'),
     ],
 )
 def test_stops_with_a_message(

@@ -172,6 +172,33 @@ def test_resume_from_weights_alone(
         run_here('train.py', 'seg.py', *where)
 
 
+def test_the_first_start_of_a_run_that_resumes(
+    run: Run, trained: dict[str, Path], tmp_path: Path
+) -> None:
+    """It starts from ``load_from``; a later start resumes."""
+    where = ['--work-dir', tmp_path, '--resume']
+    start = ['--cfg-options', f'load_from={trained["seg"]}', 'train_cfg.max_iters=2']
+    first = run('train.py', 'seg.py', *where, *start).stdout
+    assert f'Load checkpoint from {trained["seg"]}' in first
+    assert 'Iter(train) [1/2]' in first
+    start[-1] = 'train_cfg.max_iters=4'
+    second = run('train.py', 'seg.py', *where, *start).stdout
+    assert 'Iter(train) [3/4]' in second
+    assert 'Iter(train) [1/4]' not in second
+
+
+def test_resume_from_what_has_no_optimizer(
+    run_here: RunHere, trained: dict[str, Path], tmp_path: Path
+) -> None:
+    """As the best checkpoints are."""
+    best = load(trained['seg'])
+    del best['optimizer']
+    torch.save(best, tmp_path / 'best.pth')
+    where = ['--work-dir', str(tmp_path), '--resume', str(tmp_path / 'best.pth')]
+    with pytest.raises(SystemExit, match=r'resume from .*best\.pth: .* optimizer'):
+        run_here('train.py', 'seg.py', *where)
+
+
 def test_fewer_pictures_than_a_batch(run_here: RunHere, tmp_path: Path) -> None:
     options = ['batch_size=5', 'drop_last=True', 'sampler.type=DefaultSampler']
     options = [f'train_dataloader.{option}' for option in options]
