@@ -395,7 +395,7 @@ def _describe_weights(weights: Mapping[str, Tensor]) -> str:
     """Tell what weights by our names seem to be of."""
     firsts = [f'stages.{i}.0.dwconv.bias' for i in range(NUM_STAGES)]
     if not all(name in weights for name in firsts):
-        names = ', '.join(list(weights)[:3]) or 'none'
+        names = ', '.join(list(weights)[:3])
         return f'no whole ConvNeXt V2 there: {len(weights)} tensors ({names})'
     blocks = re.compile(r'stages\.(\d)\.\d+\.dwconv\.bias').fullmatch
     stages = Counter(match[1] for match in map(blocks, weights) if match)

@@ -304,7 +304,7 @@ def test_loads_by_the_names_of_mmpretrain():
             'the backbone.* adapt_grn=True if nothing but GRN does',
         ),
         (nn.Linear(2, 2), r'no whole ConvNeXt V2 there: 2 tensors \(weight, bias\)'),
-        (nn.Module(), r'no whole ConvNeXt V2 there: 0 tensors \(none\)'),
+        (nn.Module(), 'no weights by the backbone.* whole model .* init_cfg'),
     ],
     ids=['size', 'depths', 'deeper', 'channels', 'V1', 'another', 'nothing'],
 )
@@ -360,6 +360,16 @@ def test_compiles_to_one_graph():
             grads.append([param.grad.clone() for param in model.parameters()])
         for grad, expected in zip(*grads, strict=True):
             torch.testing.assert_close(grad, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_is_traced_and_saved(tmp_path):
+    model = randomise(ConvNeXtV2(CUSTOM)).eval()
+    torch.jit.trace(model, torch.randn(1, 3, 64, 96)).save(tmp_path / 'traced.pt')
+    traced = torch.jit.load(tmp_path / 'traced.pt')
+    for size in [(1, 3, 64, 96), (2, 3, 75, 101)]:
+        image = torch.randn(size)
+        for out, expected in zip(traced(image), model(image), strict=True):
+            torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_exports_to_onnx():

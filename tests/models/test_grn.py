@@ -1,6 +1,5 @@
 import pytest
 import torch
-from torch import nn
 
 from mmcnv2.models.grn import GRN, normalise
 
@@ -71,17 +70,6 @@ def test_second_derivatives():
     gamma, beta = torch.randn(2, 1, 1, 1, 6, dtype=torch.float64)
     inputs = x, gamma.requires_grad_(), beta.requires_grad_()
     assert torch.autograd.gradgradcheck(normalise, inputs)
-
-
-def test_is_traced_and_saved(tmp_path):
-    torch.manual_seed(0)
-    grn = GRN(6)
-    nn.init.normal_(grn.gamma)
-    x, other = torch.randn(2, 5, 7, 6), torch.randn(3, 8, 4, 6)
-    torch.jit.trace(grn, (x,)).save(tmp_path / 'grn.pt')
-    loaded = torch.jit.load(tmp_path / 'grn.pt')
-    for features in (x, other):
-        torch.testing.assert_close(loaded(features), grn(features))
 
 
 def test_compiles_for_sizes_that_are_not_known():

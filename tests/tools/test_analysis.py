@@ -56,7 +56,7 @@ def test_flops_say_what_is_left_out(run_here: RunHere, capsys: Output) -> None:
     output = capsys.readouterr().out
     assert 'One picture of 64 x 64 pixels' in output
     assert re.search(r'Counted, .*: conv .* G, layer_norm .* G, linear .* G', output)
-    assert re.search(r'Not counted: .*gelu \(4\).*_GRNFunction \(4\)', output)
+    assert re.search(r'Not counted: .*gelu \(4\).*vector_norm \(4\)', output)
 
 
 def test_flops_of_visible_patches(run_here: RunHere, capsys: Output) -> None:

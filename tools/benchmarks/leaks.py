@@ -3,7 +3,8 @@
 It trains with the config as tools/train.py does, and prints what the training process
 and its loader workers hold at an interval. Growth is what the last quarter of the run
 holds, at its median, beyond the second one; the first is left out, in which everything
-still warms up. Needs psutil (`pip install psutil`).
+still warms up, so the first validation should be there. Needs psutil (`pip install
+psutil`).
 """
 
 import argparse
