@@ -93,7 +93,8 @@ def read_config(args: Namespace) -> Config:
 
 def load_config(args: Namespace) -> Config:
     """Read the config, ready for the run that the common arguments describe."""
-    # What Open MPI calls it, MMEngine reads but for models.
+    # MMEngine takes the device of a process from Open MPI's name, that of its model
+    # from torchrun's.
     local_rank = os.environ.get('OMPI_COMM_WORLD_LOCAL_RANK', str(args.local_rank))
     os.environ.setdefault('LOCAL_RANK', local_rank)
     cfg = read_config(args)

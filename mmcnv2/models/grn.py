@@ -55,7 +55,7 @@ def normalise(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
     gamma, beta = gamma.flatten(), beta.flatten()
     # TorchScript cannot save functions of our own.
     if torch.jit.is_tracing():
-        return _scale_and_shift(x, _scale(gamma, _norms(x)), beta)
+        return _scale_and_shift(x, scale_of(gamma, _norms(x)), beta)
     return _GRNFunction.apply(x, gamma, beta)
 
 
@@ -69,7 +69,7 @@ class _GRNFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
         norm = _norms(x)
-        scale = _scale(gamma, norm)
+        scale = scale_of(gamma, norm)
         ctx.save_for_backward(x, gamma, beta, norm, scale)
         return _scale_and_shift(x, scale, beta)
 
@@ -79,7 +79,7 @@ class _GRNFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
             # To be differentiated itself, for which what was kept has no graph.
             norm = _root(sum_of_products(x, x))
-            scale = _scale(gamma, norm)
+            scale = scale_of(gamma, norm)
         grad_scale = sum_of_products(grad, x)
         grad_gamma, slope = through_scale(grad_scale, gamma, norm)
         grad_x = grad * scale + x * slope
@@ -101,10 +101,6 @@ def _root(squares: Tensor) -> Tensor:
     return squares.where(present, 1).sqrt() * present
 
 
-def _scale(gamma: Tensor, norm: Tensor) -> Tensor:
-    return gamma * response(norm) + 1
-
-
 def _scale_and_shift(x: Tensor, scale: Tensor, beta: Tensor) -> Tensor:
     return torch.addcmul(beta.to(x.dtype), x, scale.to(x.dtype))
 
@@ -117,9 +113,9 @@ def _mean(norm: Tensor) -> Tensor:
     return norm.mean(dim=-1, keepdim=True) + _EPS
 
 
-def response(norm: Tensor) -> Tensor:
-    """Relate each channel's norm to the mean of all (algorithm 1's ``N(x)``)."""
-    return norm / _mean(norm)
+def scale_of(gamma: Tensor, norm: Tensor) -> Tensor:
+    """Scale by each channel's norm in relation to the mean of all (algorithm 1)."""
+    return gamma * (norm / _mean(norm)) + 1
 
 
 def sum_of_products(a: Tensor, b: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .gelu import gelu_backward, gelu_products, gelu_squares
-from .grn import GRN, normalise, response, through_scale, total
+from .grn import GRN, normalise, scale_of, through_scale, total
 from .linear import linear
 from .shortcuts import autocast, dtype_of, is_ordinary, is_plain, is_traced
 
@@ -89,7 +89,7 @@ class _ExpandAndProject(torch.autograd.Function):
             pairs = [gelu_squares(h, in_place=not keep) for h in hidden]
             active, squares = zip(*pairs, strict=True)
             norm = norms[pictures] = total(squares).sqrt_()
-            scale = scales[pictures] = gamma * response(norm) + 1
+            scale = scales[pictures] = scale_of(gamma, norm)
             scale = scale.to(x.dtype)
             for part, a in zip(parts, active, strict=True):
                 torch.addcmul(beta, a, scale, out=a)
