@@ -1,10 +1,10 @@
-"""Depthwise convolution of pictures that are given as tiles, by kernels for CPUs."""
+"""Depthwise convolution of pictures that are given as tiles, by kernels of our own."""
 
 import torch
 from torch import Tensor, nn
 
 from . import kernels
-from .shortcuts import autocast, dtype_of, is_plain
+from .shortcuts import dtype_of, is_plain
 from .tiles import Tiles
 
 
@@ -19,7 +19,7 @@ def is_quicker_by_tiles(conv: nn.Conv2d, x: Tensor) -> bool:
         bool: Whether there is a kernel for it, and nobody would miss its call.
     """
     fits = kernels.fit(x, *conv.parameters()) and is_depthwise(conv, x.shape[-1])
-    return fits and dtype_of(x) in (torch.float32, torch.bfloat16)
+    return fits and kernels.fit_dtype(x, dtype_of(x))
 
 
 def is_depthwise(conv: nn.Module, channels: int) -> bool:
@@ -44,40 +44,48 @@ def is_depthwise(conv: nn.Module, channels: int) -> bool:
     )
 
 
-def convolve_tiles(conv: nn.Conv2d, x: Tensor, tiles: Tiles) -> Tensor:
+def convolve_tiles(conv: nn.Conv2d, x: Tensor, tiles: Tiles | None) -> Tensor:
     """Convolve each channel with its neighbourhood, 7 x 7, at the positions of ``x``.
 
     Args:
         conv (nn.Conv2d): The convolution.
         x (Tensor): Features, ``(N, ..., C)``.
-        tiles (Tiles): How their positions lie in pictures.
+        tiles (Tiles, optional): How their positions lie in pictures. On GPUs whole
+            pictures ``(N, H, W, C)`` need none.
 
     Returns:
-        Tensor: Features of the same shape.
+        Tensor: Features of the same shape, in the dtype of ``x``, or in autocast's.
     """
-    return _ConvolveTiles.apply(*autocast(x, conv), tiles)
+    return _ConvolveTiles.apply(x.to(dtype_of(x)), conv.weight, conv.bias, tiles, False)
 
 
 class _ConvolveTiles(torch.autograd.Function):
+    """The convolution, or the way back through it, by the kernel turned by half."""
+
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, tiles: Tiles
+        ctx,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tiles: Tiles | None,
+        turned: bool,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.tiles = tiles
-        taps = weight.flatten(1).t().float()
-        return kernels.convolve(x, taps, None if bias is None else bias.float(), tiles)
+        ctx.tiles, ctx.turned = tiles, turned
+        return kernels.convolve(x, weight.flatten(1).t(), bias, tiles, turned)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight), tiles = ctx.saved_tensors, ctx.tiles
-        of_x, of_weight, of_bias, _ = ctx.needs_input_grad
+        (x, weight), tiles, turned = ctx.saved_tensors, ctx.tiles, ctx.turned
+        of_x, of_weight, of_bias, *_ = ctx.needs_input_grad
         grad_x = grad_weight = grad_bias = None
         if of_x:
-            grad_x = _convolve_turned(grad, weight, tiles)
+            grad_x = _ConvolveTiles.apply(grad, weight, None, tiles, not turned)
         if of_weight or of_bias:
-            grad_weight, grad_bias = _SumGradients.apply(x, grad, tiles)
-        return grad_x, grad_weight, grad_bias if of_bias else None, None
+            sums = _SumGradients.apply(x, grad, tiles, turned, weight.dtype)
+            grad_weight, grad_bias = sums
+        return grad_x, grad_weight, grad_bias if of_bias else None, None, None
 
 
 class _SumGradients(torch.autograd.Function):
@@ -87,19 +95,23 @@ class _SumGradients(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, grad: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx,
+        x: Tensor,
+        grad: Tensor,
+        tiles: Tiles | None,
+        turned: bool,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, grad)
-        ctx.tiles = tiles
+        ctx.tiles, ctx.turned = tiles, turned
         taps, bias = kernels.sum_gradients(x, grad, tiles)
-        return taps.t().reshape(-1, 1, 7, 7).to(x.dtype), bias.to(x.dtype)
+        taps = taps.flip(0) if turned else taps
+        return taps.t().reshape(-1, 1, 7, 7).to(dtype), bias.to(dtype)
 
     @staticmethod
-    def backward(ctx, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, None]:
-        (x, grad), tiles = ctx.saved_tensors, ctx.tiles
-        of_x = _convolve_turned(grad, weight, tiles)
-        return of_x, _ConvolveTiles.apply(x, weight, bias, tiles), None
-
-
-def _convolve_turned(grad: Tensor, weight: Tensor, tiles: Tiles) -> Tensor:
-    """Go back to what was convolved: a convolution with the kernel turned."""
-    return _ConvolveTiles.apply(grad, weight.flip(2, 3), None, tiles)
+    def backward(ctx, weight: Tensor, bias: Tensor) -> tuple[Tensor | None, ...]:
+        (x, grad), tiles, turned = ctx.saved_tensors, ctx.tiles, ctx.turned
+        of_x = _ConvolveTiles.apply(grad, weight, None, tiles, not turned)
+        of_grad = _ConvolveTiles.apply(x, weight, bias, tiles, turned)
+        return of_x, of_grad, None, None, None

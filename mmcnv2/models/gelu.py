@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from . import kernels
 from .grn import sum_of_products
+from .kernels import cpu, fit
 
 # Those that functional has not: where results go to be given.
 _gelu = torch.ops.aten.gelu.out
@@ -28,7 +28,7 @@ def gelu_squares(x: Tensor, in_place: bool = False) -> tuple[Tensor, Tensor]:
     """
     active = x if in_place else torch.empty_like(x)
     if _fits(x, torch.float32, torch.bfloat16):
-        return active, kernels.sum_gelu('gelu_squares', x, active)
+        return active, cpu.sum_gelu('gelu_squares', x, active)
     _gelu(x, out=active)
     return active, sum_of_products(active, active)
 
@@ -44,7 +44,7 @@ def gelu_products(x: Tensor, grad: Tensor) -> Tensor:
         Tensor: The sums.
     """
     if _fits(x, torch.float32):
-        return kernels.sum_gelu('gelu_products', x, grad)
+        return cpu.sum_gelu('gelu_products', x, grad)
     return sum_of_products(functional.gelu(x), grad)
 
 
@@ -67,7 +67,7 @@ def gelu_backward(
     if _fits(x, torch.float32):
         out = torch.empty_like(x)
         factors = [each.to(x.dtype).contiguous() for each in (scale, shift, slope)]
-        return out, kernels.sum_gelu('gelu_backward', x, *factors, grad, out)
+        return out, cpu.sum_gelu('gelu_backward', x, *factors, grad, out)
     active = functional.gelu(x)
     grad.mul_(scale).addcmul_(active, slope)
     _gelu_backward(grad, x, grad_input=grad)
@@ -76,4 +76,4 @@ def gelu_backward(
 
 
 def _fits(x: Tensor, *dtypes: torch.dtype) -> bool:
-    return x.dtype in dtypes and kernels.fit(x)
+    return x.is_cpu and x.dtype in dtypes and fit(x)

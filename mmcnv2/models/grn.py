@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .shortcuts import is_traced
 
-_EPS = 1e-6
+EPS = 1e-6
 # Elements of a part, of which a CPU's cache holds several; GPUs want few kernels.
 _PART, _PART_ELSEWHERE = 1 << 19, 1 << 25
 
@@ -110,7 +110,7 @@ def _positions(x: Tensor) -> tuple[int, ...]:
 
 
 def _mean(norm: Tensor) -> Tensor:
-    return norm.mean(dim=-1, keepdim=True) + _EPS
+    return norm.mean(dim=-1, keepdim=True) + EPS
 
 
 def scale_of(gamma: Tensor, norm: Tensor) -> Tensor:

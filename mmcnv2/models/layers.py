@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from .grn import GRN
 from .layouts import Layout
 from .mlp import expand_and_project, is_quicker_by_parts
+from .mlp_on_gpu import is_quicker_as_one, normalise_and_project
 
 # How weights start, unless a config says otherwise; GRN starts as the identity.
 INIT_CFG = dict(type='TruncNormal', layer=['Conv2d', 'Linear'], std=0.02, bias=0.0)
@@ -69,11 +70,11 @@ class Block(nn.Module):
         Returns:
             Tensor: Features of the same shape.
         """
-        y = self.mlp(self.norm(layout.depthwise(self.dwconv, x)))
+        y = self.mlp(layout.depthwise(self.dwconv, x))
         return x + self.drop_path(y if self.gamma is None else self.gamma * y)
 
     def mlp(self, y: Tensor) -> Tensor:
-        """Expand, activate, normalise and project.
+        """Normalise, expand, activate, normalise again by GRN, and project.
 
         Args:
             y (Tensor): Features, ``(N, ..., C)``.
@@ -83,6 +84,9 @@ class Block(nn.Module):
         """
         first, act, grn, second = self.pwconv1, self.act, self.grn, self.pwconv2
         # Others may have been put in their places.
+        if is_quicker_as_one(y, self.norm, first, act, grn, second):
+            return normalise_and_project(y, self.norm, first, grn, second)
+        y = self.norm(y)
         if isinstance(grn, GRN) and is_quicker_by_parts(y, first, act, grn, second):
             return expand_and_project(y, first, grn, second)
         return second(grn(act(first(y))))

@@ -1,7 +1,7 @@
 """Expansion, GELU, GRN and projection of a block as one function, by parts."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import torch
@@ -40,6 +40,23 @@ def is_quicker_by_parts(
     fits = x.is_cpu and is_ordinary(x) and dtype_of(x) in dtypes and x.numel() > 0
     if not fits or is_traced():
         return False
+    return are_as_built(pwconv1, act, grn, pwconv2)
+
+
+def are_as_built(
+    pwconv1: nn.Module, act: nn.Module, grn: nn.Module, pwconv2: nn.Module
+) -> bool:
+    """Tell whether these are the layers that a block was built with, unobserved.
+
+    Args:
+        pwconv1 (nn.Module): What stands in the place of the expansion.
+        act (nn.Module): In that of GELU.
+        grn (nn.Module): In that of GRN.
+        pwconv2 (nn.Module): In that of the projection.
+
+    Returns:
+        bool: Whether they are.
+    """
     linears = is_plain(pwconv1, nn.Linear) and is_plain(pwconv2, nn.Linear)
     if not linears or pwconv1.bias is None or pwconv2.bias is None:
         return False
@@ -136,7 +153,13 @@ def _differentiable_gradients(ctx, grad: Tensor) -> Iterator[Tensor | None]:
     active = functional.gelu(functional.linear(x, weight1, bias1))
     out = functional.linear(normalise(active, gamma, beta), weight2, bias2)
     inputs = x, weight1, bias1, gamma, beta, weight2, bias2
-    needed = ctx.needs_input_grad[: len(inputs)]
+    return differentiate(out, inputs, ctx.needs_input_grad[: len(inputs)], grad)
+
+
+def differentiate(
+    out: Tensor, inputs: Sequence[Tensor], needed: Sequence[bool], grad: Tensor
+) -> Iterator[Tensor | None]:
+    """Go back to those inputs that need gradients, which get a graph of their own."""
     wanted = [each for each, needs in zip(inputs, needed, strict=True) if needs]
     grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
     return (next(grads) if needs else None for needs in needed)

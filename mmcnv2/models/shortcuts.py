@@ -13,6 +13,14 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
+def is_exported() -> bool:
+    """Tell whether what is traced leaves PyTorch, where kernels of ours are unknown.
+
+    ``torch.compiler.is_exporting`` would tell that it does under ``torch.compile`` too.
+    """
+    return is_traced() and not torch.compiler.is_dynamo_compiling()
+
+
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Tell whether a module is what its class says, and nobody would miss its call.
 
@@ -47,9 +55,10 @@ def is_ordinary(tensor: Tensor) -> bool:
 
 def dtype_of(x: Tensor) -> torch.dtype:
     """Return the dtype that a layer computes in: autocast's, where that casts."""
-    device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+    # Which autocast leaves alone.
+    if x.dtype == torch.float64 or x.is_meta:
         return x.dtype
+    device = x.device.type
     autocasts = torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if autocasts else x.dtype
 

@@ -54,35 +54,40 @@ class Tiles:
         extent = torch.cartesian_prod(*sizes).int().repeat(count, 1)
         return cls(
             side=_SIDE,
-            near=_near(torch.ones_like(origin, dtype=torch.bool), _SIDE),
+            near=_near(origin.shape, torch.arange(origin.numel(), device='cpu'), _SIDE),
             origin=origin.flatten(),
             row=width,
             extent=extent if height % _SIDE or width % _SIDE else None,
         )
 
     @classmethod
-    def of_patches(cls, visible: Tensor, side: int) -> 'Tiles':
+    def of_patches(cls, grid: torch.Size, patches: Tensor, side: int) -> 'Tiles':
         """Take the visible patches of masked pictures, packed one after the other.
 
         Args:
-            visible (Tensor): ``(N, h, w)``, bool, where a patch is seen.
+            grid (torch.Size): ``(N, h, w)``, pictures and the patches along each side.
+            patches (Tensor): ``(patches,)``, int64: which of all those are visible, in
+                ascending order.
             side (int): Positions along the side of a patch.
 
         Returns:
             Tiles: Of features ``(N, T, C)``, by patch, row and column.
         """
-        near = _near(visible, side)
-        origin = torch.arange(len(near), device='cpu') * side**2
+        near = _near(grid, patches, side)
+        origin = torch.arange(len(near), device=near.device) * side**2
         return cls(side, near, origin, row=side)
 
 
-def _near(present: Tensor, side: int) -> Tensor:
-    """Number the tiles that are present in ``(N, h, w)`` and list their neighbours."""
+def _near(shape: torch.Size, present: Tensor, side: int) -> Tensor:
+    """Number the tiles that are present of ``(N, h, w)`` and list their neighbours.
+
+    They are given as places among all, so that no shape depends on values.
+    """
     reach = -(-_REACH // side)
-    numbers = torch.full_like(present, -1, dtype=torch.int32)
-    count = int(present.sum())
-    numbers[present] = torch.arange(count, dtype=torch.int32, device='cpu')
-    padded = pad(numbers, [reach] * 4, value=-1)
+    count = torch.arange(len(present), dtype=torch.int32, device=present.device)
+    numbers = count.new_full(shape, -1).view(-1)
+    numbers[present] = count
+    padded = pad(numbers.view(shape), [reach] * 4, value=-1)
     width = 2 * reach + 1
     around = padded.unfold(1, width, 1).unfold(2, width, 1)
-    return around[present].flatten(1)
+    return around.flatten(0, 2)[present].flatten(1)

@@ -90,7 +90,8 @@ def test_patches(side, channels, dtype):
     grad = grad.flip(3)
 
     tokens = [visible_tokens(each, visible, side) for each in (x, grad)]
-    found = results(conv, *tokens, Tiles.of_patches(visible, side))
+    patches = visible.flatten().nonzero()[:, 0]
+    found = results(conv, *tokens, Tiles.of_patches(visible.shape, patches, side))
     tensors = (x, conv.weight.detach(), conv.bias.detach(), grad)
     out, grad_x, *others = shifted_products(*(t.double() for t in tensors))
     expected = [visible_tokens(each, visible, side) for each in (out, grad_x)]
@@ -156,10 +157,10 @@ def test_autocast_is_that_of_an_ordinary_convolution():
         grads.append(
             torch.autograd.grad(out.float().square().sum(), tuple(conv.parameters()))
         )
-    torch.testing.assert_close(*outs, rtol=1e-2, atol=1e-2)
-    for one, other in zip(*grads, strict=True):
-        assert one.dtype == torch.float32
-        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
+    # Ours does not round the weights.
+    for one, other in (outs, *zip(*grads, strict=True)):
+        assert one.dtype == other.dtype
+        assert (one - other).abs().max() <= 1e-2 * other.abs().max()
 
 
 def test_rounding_to_bfloat16_is_torchs_own():

@@ -6,6 +6,7 @@ from torch.nn.functional import gelu
 
 from mmcnv2.models import kernels
 from mmcnv2.models.gelu import gelu_backward, gelu_products, gelu_squares
+from mmcnv2.models.kernels import cpu
 
 # Positions that are summed in one go and more, channels in one part of the stack and
 # in several, and fewer than kernels take.
@@ -17,7 +18,7 @@ def means(request, monkeypatch):
     """What computes them."""
     assert kernels.are_compiled()
     if request.param == 'torch':
-        monkeypatch.setattr(kernels, '_LIBRARY', None)
+        monkeypatch.setattr(cpu, '_LIBRARY', None)
 
 
 def draw(*shape, std=2.0):

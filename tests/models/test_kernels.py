@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mmcnv2.models import kernels
+from mmcnv2.models.kernels import cpu
 
 
 @pytest.fixture
@@ -22,22 +23,22 @@ def compile_library(tmp_path):
 def test_a_library_of_another_version_is_not_used(compile_library):
     library = compile_library('extern "C" int mmcnv2_interface() { return -1; }')
     with pytest.warns(UserWarning, match=r'another version.*pip install'):
-        assert kernels._load(library) is None
+        assert cpu._load(library) is None
 
 
 def test_a_library_of_something_else_is_not_used(compile_library):
     with pytest.warns(UserWarning, match='undefined symbol: mmcnv2_interface'):
-        assert kernels._load(compile_library('int x;')) is None
+        assert cpu._load(compile_library('int x;')) is None
 
 
 def test_a_broken_file_is_not_used(tmp_path):
     (tmp_path / 'library.so').write_text('nothing')
     with pytest.warns(UserWarning, match='CPUs are slower without'):
-        assert kernels._load(tmp_path / 'library.so') is None
+        assert cpu._load(tmp_path / 'library.so') is None
 
 
 def test_none_is_needed(tmp_path, recwarn):
-    assert kernels._load(tmp_path / 'absent.so') is None
+    assert cpu._load(tmp_path / 'absent.so') is None
     assert not recwarn
 
 

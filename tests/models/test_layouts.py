@@ -5,7 +5,8 @@ import sys
 import pytest
 import torch
 
-from mmcnv2.models import ConvNeXtV2, kernels
+from mmcnv2.models import ConvNeXtV2
+from mmcnv2.models.kernels import cpu
 from mmcnv2.models.layouts import PackedLayout
 
 from ..conftest import needs_minkowski
@@ -85,7 +86,7 @@ def test_kernels_are_not_needed(monkeypatch):
     model = encoder(CUSTOM, torch.float32)
     mask, image = random_mask(2, 3, 4, 0.6), torch.randn(2, 3, 96, 128)
     expected = model(image, mask), model(image)
-    monkeypatch.setattr(kernels, '_LIBRARY', None)
+    monkeypatch.setattr(cpu, '_LIBRARY', None)
     check_against_reference(model, image, mask)
     for outs, others in zip((model(image, mask), model(image)), expected, strict=True):
         for out, other in zip(outs, others, strict=True):
@@ -237,7 +238,7 @@ def test_compiles_with_checkpoints_too():
 def test_second_derivatives(ratio, compiled, monkeypatch):
     """By kernels and without, of packed and of whole pictures."""
     if not compiled:
-        monkeypatch.setattr(kernels, '_LIBRARY', None)
+        monkeypatch.setattr(cpu, '_LIBRARY', None)
     arch = dict(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16))
     model, image = encoder(arch, torch.float32), torch.randn(2, 3, 64, 96)
     mask = random_mask(2, 2, 3, ratio) if ratio else torch.zeros(2, 2, 3).bool()

@@ -136,16 +136,17 @@ def test_whoever_looks_inside_sees_all(name, hook):
 def test_what_is_put_in_the_place_of_a_layer_is_run():
     block, x = Block(16), torch.randn(1, 8, 8, 16)
     block.act = nn.ReLU()
-    y = block.norm(DenseLayout().depthwise(block.dwconv, x))
+    x = DenseLayout().depthwise(block.dwconv, x)
+    y = block.norm(x)
     expected = block.pwconv2(block.grn(block.pwconv1(y).relu()))
-    torch.testing.assert_close(block.mlp(y), expected)
+    torch.testing.assert_close(block.mlp(x), expected)
     block.act, block.pwconv1 = nn.GELU(), nn.Linear(16, 64, bias=False)
     expected = block.pwconv2(block.grn(nn.functional.gelu(block.pwconv1(y))))
-    torch.testing.assert_close(block.mlp(y), expected)
+    torch.testing.assert_close(block.mlp(x), expected)
     block = Block(16)
     block.act = nn.GELU('tanh')
     wide = nn.functional.gelu(block.pwconv1(y), approximate='tanh')
-    torch.testing.assert_close(block.mlp(y), block.pwconv2(block.grn(wide)))
+    torch.testing.assert_close(block.mlp(x), block.pwconv2(block.grn(wide)))
 
 
 class Halved(torch.Tensor):
@@ -162,24 +163,24 @@ class Halved(torch.Tensor):
 
 @pytest.mark.parametrize('name', ['pwconv1', 'grn', 'pwconv2'])
 def test_layers_that_were_changed_in_place_are_run(name):
-    y = torch.randn(1, 8, 8, 16)
+    x = torch.randn(1, 8, 8, 16)
     block = Block(16)
     layer = getattr(block, name)
     original = layer.forward
     layer.forward = lambda x: 2 * original(x)
-    expected = block.pwconv2(block.grn(block.act(block.pwconv1(y))))
-    torch.testing.assert_close(block.mlp(y), expected)
+    expected = block.pwconv2(block.grn(block.act(block.pwconv1(block.norm(x)))))
+    torch.testing.assert_close(block.mlp(x), expected)
 
 
 def test_weights_of_other_kinds_are_asked_themselves():
-    y, block = torch.randn(1, 8, 8, 16), Block(16)
+    x, block = torch.randn(1, 8, 8, 16), Block(16)
     weight = block.pwconv1.weight.data
-    wide = nn.functional.linear(y, weight / 2, block.pwconv1.bias)
+    wide = nn.functional.linear(block.norm(x), weight / 2, block.pwconv1.bias)
     halved = weight.as_subclass(Halved)
     block.pwconv1.weight = nn.Parameter(halved, requires_grad=False)
     assert type(block.pwconv1.weight) is Halved
     expected = block.pwconv2(block.grn(nn.functional.gelu(wide)))
-    torch.testing.assert_close(block.mlp(y), expected)
+    torch.testing.assert_close(block.mlp(x), expected)
 
 
 def test_parameters_in_any_order_of_memory():
@@ -249,7 +250,7 @@ def test_frozen_layers(frozen, pictures):
     # A sum's gradient is one number, repeated without memory of its own.
     found = torch.autograd.grad(block.mlp(y).sum(), inputs)
     made = block.pwconv1, block.grn, block.pwconv2
-    expected = torch.autograd.grad(plain(y, *made).sum(), inputs)
+    expected = torch.autograd.grad(plain(block.norm(y), *made).sum(), inputs)
     for grad, other in zip(found, expected, strict=True):
         torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-5)
 

@@ -1,72 +1,33 @@
-"""Kernels for CPUs, in C++, which setup.py compiles where there is a compiler.
+"""Kernels of our own: for CPUs in C++, for GPUs in Triton.
 
-They are plain functions of a shared library and take tensors by the address of their
-data, so that they fit any version of PyTorch. Where they are absent, or do not fit a
-tensor, PyTorch's own operations compute the same.
+Where there are none, or they do not fit a tensor, PyTorch's own operations compute the
+same.
 """
 
-import warnings
-from collections.abc import Callable
-from ctypes import CDLL, Structure, byref, c_int, c_int64, c_void_p
-from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from ..shortcuts import is_ordinary, is_traced
+from ..shortcuts import is_exported, is_ordinary, is_traced
 from ..tiles import Tiles
+from . import cpu
 
-_INTERFACE = 4  # of lanes.h
-_LANES = 8  # channels that are computed at a time
-_CHUNK = 64  # positions of a picture that are summed in one go
-_GROUP = 2048  # positions whose gradients of a depthwise kernel are
+HAS_TRITON = bool(torch.version.cuda) and find_spec('triton') is not None
+if HAS_TRITON:
+    from .gpu import depthwise as gpu
 
-
-def _load(path: Path) -> CDLL | None:
-    if not path.exists():
-        return None
-    try:
-        library = CDLL(str(path))
-        if library.mmcnv2_interface() == _INTERFACE:
-            return library
-        problem = 'they are of another version of mmcnv2'
-    except (OSError, AttributeError) as error:
-        problem = str(error)
-    warnings.warn(
-        f'the kernels of mmcnv2 in {path} are not used, and CPUs are slower without: '
-        f'{problem}. Install mmcnv2 anew, which compiles them: '
-        'pip install --no-build-isolation -e .',
-        stacklevel=2,
-    )
-    return None
-
-
-_LIBRARY = _load(Path(__file__).with_name(f'_compiled{EXTENSION_SUFFIXES[0]}'))
-
-
-class _Tiles(Structure):
-    """``Tiles`` of depthwise.cpp."""
-
-    _fields_ = (
-        ('side', c_int64),
-        ('near', c_void_p),
-        ('origin', c_void_p),
-        ('extent', c_void_p),
-        ('count', c_int64),
-        ('row', c_int64),
-        ('channels', c_int64),
-        ('group', c_int64),
-    )
+# Of Ampere; they have run on nothing older.
+_CAPABILITY = 8
 
 
 def are_compiled() -> bool:
-    """Tell whether there are any.
+    """Tell whether there are any for CPUs.
 
     Returns:
         bool: Whether setup.py could compile them here, and they load.
     """
-    return _LIBRARY is not None
+    return cpu.is_loaded()
 
 
 def fit(x: Tensor, *others: Tensor) -> bool:
@@ -77,99 +38,74 @@ def fit(x: Tensor, *others: Tensor) -> bool:
         *others (Tensor): Weights.
 
     Returns:
-        bool: Whether there are kernels, all tensors are ordinary memory of a CPU, and
-        the channels of ``x`` are a multiple of 8. Never while a model is traced or
-        compiled.
+        bool: Whether all tensors are ordinary memory of a device for which there are
+        kernels, which on CPUs take channels in multiples of 8. While a model is
+        compiled those for CPUs do not fit, and while it is exported none does.
     """
-    if is_traced() or _LIBRARY is None:
+    tensors = x, *others
+    if not all(each.device == x.device and is_ordinary(each) for each in tensors):
         return False
-    fits = x.shape[-1] % _LANES == 0
-    return fits and all(each.is_cpu and is_ordinary(each) for each in (x, *others))
+    if x.is_cpu:
+        return cpu.is_loaded() and not is_traced() and x.shape[-1] % cpu.LANES == 0
+    if not (HAS_TRITON and x.is_cuda) or is_exported():
+        return False
+    return torch.cuda.get_device_properties(x.device).major >= _CAPABILITY
 
 
-def convolve(x: Tensor, taps: Tensor, bias: Tensor | None, tiles: Tiles) -> Tensor:
+def fit_dtype(x: Tensor, dtype: torch.dtype) -> bool:
+    """Tell whether kernels take features in a dtype.
+
+    Args:
+        x (Tensor): Features.
+        dtype (torch.dtype): What they are cast to.
+
+    Returns:
+        bool: Whether it is float32, bfloat16, or, on GPUs, float16.
+    """
+    if dtype in (torch.float32, torch.bfloat16):
+        return True
+    return dtype == torch.float16 and not x.is_cpu
+
+
+def convolve(
+    x: Tensor,
+    taps: Tensor,
+    bias: Tensor | None,
+    tiles: Tiles | None,
+    turned: bool = False,
+) -> Tensor:
     """Convolve each channel of tiles by itself with a kernel of 7 x 7.
 
     Args:
-        x (Tensor): Features, ``(N, ..., C)``, in float32 or bfloat16.
-        taps (Tensor): The kernel, ``(49, C)``, in float32.
-        bias (Tensor, optional): ``(C,)``, in float32.
-        tiles (Tiles): How the positions of ``x`` lie in pictures.
+        x (Tensor): Features, ``(N, ..., C)``.
+        taps (Tensor): The kernel, ``(49, C)``.
+        bias (Tensor, optional): ``(C,)``.
+        tiles (Tiles, optional): How the positions of ``x`` lie in pictures. On GPUs
+            whole pictures ``(N, H, W, C)`` need none.
+        turned (bool): Whether the kernel is turned by half, as it is on the way back.
+            Defaults to False.
 
     Returns:
         Tensor: Of shape and dtype of ``x``.
     """
-    x, taps = x.contiguous(), taps.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    out = torch.empty_like(x)
-    _run('convolve', _describe(tiles, x), x, taps, bias, out)
-    return out
+    run = cpu.convolve if x.is_cpu else gpu.convolve
+    return run(x.contiguous(), taps, bias, tiles, turned)
 
 
-def sum_gradients(x: Tensor, grad: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
+def sum_gradients(
+    x: Tensor, grad: Tensor, tiles: Tiles | None
+) -> tuple[Tensor, Tensor]:
     """Compute the gradients of that kernel and its bias.
 
     Args:
-        x (Tensor): Features, ``(N, ..., C)``, in float32 or bfloat16.
+        x (Tensor): Features, ``(N, ..., C)``.
         grad (Tensor): Gradient of the output, of the same shape and dtype.
-        tiles (Tiles): How their positions lie in pictures.
+        tiles (Tiles, optional): How their positions lie in pictures, as above.
 
     Returns:
         tuple[Tensor, Tensor]: Those of the kernel, ``(49, C)``, and of the bias,
         ``(C,)``, in float32.
     """
-    x, grad = x.contiguous(), grad.contiguous()
-    described = _describe(tiles, x)
-    groups = -(-described.count // described.group)
-    sums = x.new_zeros(groups, 50, x.shape[-1], dtype=torch.float32)
-    _run('sum_gradients', described, x, grad, sums)
-    whole = sums.sum(0)
+    run = cpu.sum_gradients if x.is_cpu else gpu.sum_gradients
+    whole = run(x.contiguous(), grad.contiguous(), tiles)
     return whole[:-1], whole[-1]
-
-
-def _describe(tiles: Tiles, x: Tensor) -> _Tiles:
-    return _Tiles(
-        tiles.side,
-        tiles.near.data_ptr(),
-        tiles.origin.data_ptr(),
-        None if tiles.extent is None else tiles.extent.data_ptr(),
-        len(tiles.near),
-        tiles.row,
-        x.shape[-1],
-        max(_GROUP // tiles.side**2, 1),
-    )
-
-
-def _run(name: str, tiles: _Tiles, x: Tensor, *tensors: Tensor | None) -> None:
-    """Call a function of depthwise.cpp for the dtype of ``x``."""
-    threads = c_int(torch.get_num_threads())
-    _kernel(name, x)(byref(tiles), *map(_address, (x, *tensors)), threads)
-
-
-def _kernel(name: str, x: Tensor) -> Callable:
-    dtype = str(x.dtype).removeprefix('torch.')
-    return getattr(_LIBRARY, f'{name}_{dtype}')
-
-
-def sum_gelu(name: str, x: Tensor, *tensors: Tensor | None) -> Tensor:
-    """Run a function of gelu.cpp, which tells what it takes and does.
-
-    Args:
-        name (str): Of the function, without the dtype.
-        x (Tensor): Features, ``(N, P, C)``, contiguous as all others.
-        *tensors (Tensor, optional): What else it takes before its sums.
-
-    Returns:
-        Tensor: Its sums over positions, ``(N, 1, C)``, in float32.
-    """
-    chunks = -(-x.shape[1] // _CHUNK)
-    sums = x.new_zeros(len(x), chunks, x.shape[-1], dtype=torch.float32)
-    addresses = map(_address, (x, *tensors, sums))
-    threads = c_int(torch.get_num_threads())
-    sizes = map(c_int64, (*x.shape, _CHUNK))
-    _kernel(name, x)(*sizes, *addresses, threads)
-    return sums.sum(1, keepdim=True)
-
-
-def _address(tensor: Tensor | None) -> c_void_p | None:
-    return None if tensor is None else c_void_p(tensor.data_ptr())

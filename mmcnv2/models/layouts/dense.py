@@ -22,10 +22,13 @@ class DenseLayout:
     def depthwise(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
         if not is_quicker_by_tiles(conv, x):
             return self.downsample(conv, x)
+        return convolve_tiles(conv, x, self._tiles_of(x) if x.is_cpu else None)
+
+    def _tiles_of(self, x: Tensor) -> Tiles:
         size = tuple(x.shape[:3])
         if size not in self._tiles:
             self._tiles[size] = Tiles.of_pictures(*size)
-        return convolve_tiles(conv, x, self._tiles[size])
+        return self._tiles[size]
 
     def downsample(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
         return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

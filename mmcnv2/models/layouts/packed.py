@@ -36,6 +36,7 @@ class PackedLayout:
             # Within a block with checkpoints nothing could be remembered.
             for side in Tiles.SIDES:
                 self._table(side)
+                self._tiles(side)
 
     def stem(self, conv: nn.Conv2d, image: Tensor) -> Tensor:
         _, h, w = self.visible.shape
@@ -74,7 +75,9 @@ class PackedLayout:
     def _tiles(self, side: int) -> Tiles:
         """How tokens lie at a stage, whose blocks share it."""
         if side not in self._tiles_by_side:
-            self._tiles_by_side[side] = Tiles.of_patches(self.visible, side)
+            self._tiles_by_side[side] = Tiles.of_patches(
+                self.visible.shape, self.patches, side
+            )
         return self._tiles_by_side[side]
 
     def _tokens(self, tiles: Tensor) -> Tensor:

@@ -1,0 +1,131 @@
+"""A block from its norm to its projection as one function, for GPUs: in few kernels.
+
+There PyTorch's own operations go over the expanded features some twenty times, forward
+and backward, and calling a hundred kernels takes a CPU longer than a GPU needs to run
+them.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from . import kernels
+from .grn import EPS, GRN, normalise
+from .mlp import are_as_built, differentiate
+from .shortcuts import dtype_of, is_plain, is_traced
+
+if kernels.HAS_TRITON:
+    from .kernels.gpu import mlp as gpu
+
+
+def is_quicker_as_one(
+    x: Tensor,
+    norm: nn.Module,
+    pwconv1: nn.Module,
+    act: nn.Module,
+    grn: nn.Module,
+    pwconv2: nn.Module,
+) -> bool:
+    """Tell whether :func:`normalise_and_project` is the quick way.
+
+    Args:
+        x (Tensor): Features, ``(N, ..., C)``.
+        norm (nn.Module): What stands in the place of the norm.
+        pwconv1 (nn.Module): In that of the expansion.
+        act (nn.Module): In that of GELU.
+        grn (nn.Module): In that of GRN.
+        pwconv2 (nn.Module): In that of the projection.
+
+    Returns:
+        bool: Whether there are kernels for it, and nobody would miss the layers' calls.
+        Never while a model is traced or compiled, for compilers write such kernels.
+    """
+    if x.is_cpu or is_traced() or x.numel() == 0 or not kernels.fit(x):
+        return False
+    if not kernels.fit_dtype(x, dtype_of(x)) or not is_plain(norm, nn.LayerNorm):
+        return False
+    lines = norm.normalized_shape == x.shape[-1:] and norm.bias is not None
+    return lines and are_as_built(pwconv1, act, grn, pwconv2)
+
+
+def normalise_and_project(
+    x: Tensor, norm: nn.LayerNorm, pwconv1: nn.Linear, grn: GRN, pwconv2: nn.Linear
+) -> Tensor:
+    """Compute ``pwconv2(grn(gelu(pwconv1(norm(x)))))``.
+
+    Args:
+        x (Tensor): Features, ``(N, ..., C)``.
+        norm (nn.LayerNorm): Of ``C`` channels.
+        pwconv1 (nn.Linear): From ``C`` channels to ``D``.
+        grn (GRN): GRN of ``D`` channels.
+        pwconv2 (nn.Linear): From ``D`` channels to ``C``.
+
+    Returns:
+        Tensor: Features of the same shape, in the dtype of ``x``, or in autocast's.
+    """
+    layers = norm, pwconv1, grn, pwconv2
+    parameters = (each for layer in layers for each in layer.parameters())
+    tokens = x.flatten(1, -2).contiguous()
+    out = _NormaliseAndProject.apply(tokens, norm.eps, dtype_of(x), *parameters)
+    return out.view_as(x)
+
+
+class _NormaliseAndProject(torch.autograd.Function):
+    """The same of ``(N, P, C)``.
+
+    Kept for the backward pass are what enters the norm, the expansion and GELU.
+    """
+
+    @staticmethod
+    def forward(ctx, x, eps, dtype, *parameters) -> Tensor:
+        weight, bias, weight1, bias1, gamma, beta, weight2, bias2 = parameters
+        weights = weight1.to(dtype), weight2.to(dtype)
+        y, statistics = gpu.layer_norm(x, weight, bias, eps, dtype)
+        hidden = functional.linear(y, weights[0], bias1.to(dtype))
+        norm, scale = gpu.grn_scale(gpu.gelu_squares(hidden), gamma, EPS)
+        active = gpu.gelu_scaled(hidden, scale, beta)
+        ctx.eps, ctx.dtype = eps, dtype
+        kept = statistics, y, hidden, norm, scale, *weights
+        ctx.save_for_backward(x, *parameters, *kept)
+        return functional.linear(active, weights[1], bias2.to(dtype))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            return _differentiable_gradients(ctx, grad)
+        x, weight, _, _, _, gamma, beta, weight2, _, *kept = ctx.saved_tensors
+        statistics, y, hidden, norm, scale, *weights = kept
+        grad = grad.contiguous()
+        grad_bias2 = grad.sum((0, 1), dtype=torch.float32)
+        grad_hidden = grad @ weights[1]
+        products = gpu.gelu_products(hidden, grad_hidden)
+        of_gamma, slope = gpu.grn_slope(products, gamma, norm, EPS)
+        # It becomes the gradient of what enters GELU.
+        active, sums = gpu.gelu_backward(hidden, scale, beta, slope, grad_hidden)
+        grad_y = grad_hidden @ weights[0]
+        grad_x, of_norm = gpu.layer_norm_backward(x, grad_y, weight, statistics)
+        return (
+            *(grad_x, None, None, of_norm[0], of_norm[1]),
+            *(_product(grad_hidden, y), sums.sum(0)),
+            *(of_gamma.sum(0).view_as(gamma), (grad_bias2 @ weight2).view_as(beta)),
+            *(_product(grad, active), grad_bias2),
+        )
+
+
+def _differentiable_gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Go back through the layers, one after the other, by operations with a graph."""
+    x, *parameters = inputs = ctx.saved_tensors[:9]
+    weight, bias, *others, gamma, beta, weight2, bias2 = parameters
+    pairs = (others, (weight2, bias2))
+    first, second = ([each.to(ctx.dtype) for each in pair] for pair in pairs)
+    y = functional.layer_norm(x.to(weight.dtype), weight.shape, weight, bias, ctx.eps)
+    active = functional.gelu(functional.linear(y.to(ctx.dtype), *first))
+    out = functional.linear(normalise(active, gamma, beta), *second)
+    needed = [each for i, each in enumerate(ctx.needs_input_grad) if i not in (1, 2)]
+    grad_x, *grads = differentiate(out, inputs, needed, grad)
+    return grad_x, None, None, *grads
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Return ``left.T @ right`` of all rows."""
+    return left.flatten(0, 1).t() @ right.flatten(0, 1)
