@@ -9,7 +9,6 @@ Compiled is torch.compile, in a mode which on GPUs calls all kernels at once.
 
 import argparse
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +24,8 @@ from mmcnv2.benchmarks.timing import (
     measure,
     report,
 )
-from mmcnv2.models import ConvNeXtV2 as Ours
+from mmcnv2.models import ConvNeXtV2
 from mmcnv2.models.fcmae import draw_mask
-
-Run = Callable[[Tensor, Tensor], Tensor]
 
 FORMS = ('plain', 'compiled')
 COLUMNS = {
@@ -66,61 +63,65 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def runs_of(
-    encoders: dict[str, nn.Module], forms: list[str]
-) -> dict[tuple[str, str], Run]:
+def contenders_of(
+    encoders: dict[str, nn.Module],
+    image: Tensor,
+    mask: Tensor,
+    args: argparse.Namespace,
+) -> dict[tuple[str, str], Contender]:
     """Return what runs each encoder in each form."""
-    runs = {}
-    for name, encoder in encoders.items():
-        for form in forms:
-            # A change of pictures or of their visible share makes another graph.
-            kind = dict(fullgraph=True, dynamic=False, mode='reduce-overhead')
-            run = encoder if form == 'plain' else torch.compile(encoder, **kind)
-            runs[name, form] = partial(run_encoder, run, isinstance(encoder, Ours))
-    return runs
-
-
-def run_encoder(run: Callable, is_ours: bool, image: Tensor, mask: Tensor) -> Tensor:
-    if not is_ours:
-        return run(image, mask)[0]
-    return run(image, mask, num_visible=int((~mask[0]).sum()))[0]
+    # A change of pictures or of their visible share makes another graph.
+    kind = dict(fullgraph=True, dynamic=False, mode='reduce-overhead')
+    return {
+        (name, form): contender(
+            dict(encoder=name, form=form),
+            torch.compile(encoder, **kind) if form == 'compiled' else encoder,
+            encoder,
+            image,
+            mask,
+            args,
+        )
+        for name, encoder in encoders.items()
+        for form in args.forms
+    }
 
 
 def contender(
-    name: str,
-    form: str,
+    what: dict[str, str],
+    run: Callable[..., tuple[Tensor]],
     encoder: nn.Module,
-    run: Run,
     image: Tensor,
     mask: Tensor,
     args: argparse.Namespace,
 ) -> Contender:
-    def step() -> None:
-        with autocast(args.device, args.dtype):
-            features = run(image, mask)
-        features.float().square().mean().backward()
+    told = {}
+    if isinstance(encoder, ConvNeXtV2):
+        told = dict(num_visible=int((~mask[0]).sum()))
 
-    return Contender(dict(encoder=name, form=form), step, encoder)
+    def step() -> Tensor:
+        with autocast(args.device, args.dtype):
+            (features,) = run(image, mask, **told)
+        # A graph of CUDA's would write over them the next time.
+        found = features.detach().clone()
+        features.float().square().mean().backward()
+        return found
+
+    return Contender(what, step, encoder)
 
 
 def differences(
-    runs: dict[tuple[str, str], Run],
-    image: Tensor,
-    mask: Tensor,
-    args: argparse.Namespace,
+    contenders: dict[tuple[str, str], Contender], mask: Tensor, dtype: str
 ) -> dict[tuple[str, str], float]:
     """Compare all that see the same with packed."""
-    found = {}
-    for (name, form), run in runs.items():
-        if name != 'dense':
-            with autocast(args.device, args.dtype):
-                # As it is in training; a graph of CUDA's writes over it the next time.
-                features = run(image, mask).detach().clone()
-            found[name, form] = visible(features, mask)
-    packed = found['packed', args.forms[0]]
+    found = {
+        key: visible(each.step(), mask)
+        for key, each in contenders.items()
+        if each.what['encoder'] != 'dense'
+    }
+    packed = next(iter(found.values()))
     apart = {key: difference(each, packed) for key, each in found.items()}
     for (name, _), value in apart.items():
-        check_agreement(name, value, args.dtype)
+        check_agreement(name, value, dtype)
     return apart
 
 
@@ -151,22 +152,25 @@ def main() -> None:
     others, absent = build_others(packed, args.against)
     encoders = {'packed': packed} | others
     encoders = {name: each.to(args.device) for name, each in encoders.items()}
-    runs = runs_of(encoders, args.forms)
     image = torch.randn(args.batch_size, 3, args.size, args.size, device=args.device)
 
     masks = {ratio: draw_mask(image, ratio) for ratio in args.mask_ratios}
     contenders: dict[tuple[str, str, float | None], Contender] = {}
     apart = {}
     for ratio, mask in masks.items():
-        apart[ratio] = differences(runs, image, mask, args)
-        for (name, form), run in runs.items():
-            each = contender(name, form, encoders[name], run, image, mask, args)
+        now = contenders_of(encoders, image, mask, args)
+        apart[ratio] = differences(now, mask, args.dtype)
+        for (name, form), each in now.items():
             contenders.setdefault(key(name, form, ratio), each)
     measure(list(contenders.values()), args.rounds, args.device)
 
     rows = []
     for ratio, mask in masks.items():
-        now = {each: contenders[key(*each, ratio)] for each in runs}
+        now = {
+            (name, form): contenders[key(name, form, ratio)]
+            for name in encoders
+            for form in args.forms
+        }
         for row in rows_of(now, mask, mask_ratio=ratio):
             told = apart[ratio].get((row['encoder'], row['form']))
             rows.append(row | dict(difference=told))
