@@ -83,10 +83,11 @@ class Block(nn.Module):
             Tensor: Features of the same shape.
         """
         first, act, grn, second = self.pwconv1, self.act, self.grn, self.pwconv2
+        made = first, act, grn, second
         # Others may have been put in their places.
-        if is_quicker_as_one(y, self.norm, first, act, grn, second):
+        if isinstance(grn, GRN) and is_quicker_as_one(y, self.norm, *made):
             return normalise_and_project(y, self.norm, first, grn, second)
         y = self.norm(y)
-        if isinstance(grn, GRN) and is_quicker_by_parts(y, first, act, grn, second):
+        if isinstance(grn, GRN) and is_quicker_by_parts(y, *made):
             return expand_and_project(y, first, grn, second)
         return second(grn(act(first(y))))

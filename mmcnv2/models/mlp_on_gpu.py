@@ -44,8 +44,10 @@ def is_quicker_as_one(
         return False
     if not kernels.fit_dtype(x, dtype_of(x)) or not is_plain(norm, nn.LayerNorm):
         return False
-    lines = norm.normalized_shape == x.shape[-1:] and norm.bias is not None
-    return lines and are_as_built(pwconv1, act, grn, pwconv2)
+    affine = norm.weight is not None and norm.bias is not None
+    if not affine or norm.normalized_shape != x.shape[-1:]:
+        return False
+    return are_as_built(pwconv1, act, grn, pwconv2)
 
 
 def normalise_and_project(
@@ -63,9 +65,12 @@ def normalise_and_project(
     Returns:
         Tensor: Features of the same shape, in the dtype of ``x``, or in autocast's.
     """
-    layers = norm, pwconv1, grn, pwconv2
-    parameters = (each for layer in layers for each in layer.parameters())
-    tokens = x.flatten(1, -2).contiguous()
+    inputs = (
+        *(x.flatten(1, -2), norm.weight, norm.bias, pwconv1.weight, pwconv1.bias),
+        *(grn.gamma, grn.beta, pwconv2.weight, pwconv2.bias),
+    )
+    # Kernels go by addresses alone.
+    tokens, *parameters = (each.contiguous() for each in inputs)
     out = _NormaliseAndProject.apply(tokens, norm.eps, dtype_of(x), *parameters)
     return out.view_as(x)
 
@@ -102,12 +107,13 @@ class _NormaliseAndProject(torch.autograd.Function):
         of_gamma, slope = gpu.grn_slope(products, gamma, norm, EPS)
         # It becomes the gradient of what enters GELU.
         active, sums = gpu.gelu_backward(hidden, scale, beta, slope, grad_hidden)
+        grad_beta = grad_bias2 @ weight2.float()
         grad_y = grad_hidden @ weights[0]
         grad_x, of_norm = gpu.layer_norm_backward(x, grad_y, weight, statistics)
         return (
             *(grad_x, None, None, of_norm[0], of_norm[1]),
             *(_product(grad_hidden, y), sums.sum(0)),
-            *(of_gamma.sum(0).view_as(gamma), (grad_bias2 @ weight2).view_as(beta)),
+            *(of_gamma.sum(0).view_as(gamma), grad_beta.view_as(beta)),
             *(_product(grad, active), grad_bias2),
         )
 

@@ -169,6 +169,23 @@ def test_layers_are_one_after_the_other(shape, hidden, dtype):
 
 
 @pytest.mark.usefixtures('gpu')
+def test_weights_in_16_bits_and_in_any_order_of_memory():
+    torch.manual_seed(0)
+    made = norm_and_layers(12, 40)
+    x, direction = (torch.randn(2, 3, 5, 12, dtype=torch.float64) for _ in range(2))
+    expected = gradients(normalise_first, x, made, direction)
+    made = [layer.to(DEVICE, torch.float16) for layer in made]
+    for parameter in (p for layer in made for p in layer.parameters()):
+        parameter.data = torch.stack((parameter.data, parameter.data), -1)[..., 0]
+        assert not parameter.is_contiguous()
+    x, direction = on(x.half(), direction.half())
+    found = gradients(mlp_on_gpu.normalise_and_project, x, made, direction)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.float16
+        assert (one.cpu() - other).abs().max() <= 5e-3 * other.abs().max()
+
+
+@pytest.mark.usefixtures('gpu')
 def test_second_derivatives():
     torch.manual_seed(0)
     made = norm_and_layers(8, 32)

@@ -39,8 +39,9 @@ def fit(x: Tensor, *others: Tensor) -> bool:
 
     Returns:
         bool: Whether all tensors are ordinary memory of a device for which there are
-        kernels, which on CPUs take channels in multiples of 8. While a model is
-        compiled those for CPUs do not fit, and while it is exported none does.
+        kernels: a CPU, where they take channels in multiples of 8, or the current GPU.
+        While a model is compiled those for CPUs do not fit, and while it is exported
+        none does.
     """
     tensors = x, *others
     if not all(each.device == x.device and is_ordinary(each) for each in tensors):
@@ -49,7 +50,10 @@ def fit(x: Tensor, *others: Tensor) -> bool:
         return cpu.is_loaded() and not is_traced() and x.shape[-1] % cpu.LANES == 0
     if not (HAS_TRITON and x.is_cuda) or is_exported():
         return False
-    return torch.cuda.get_device_properties(x.device).major >= _CAPABILITY
+    if torch.cuda.get_device_properties(x.device).major < _CAPABILITY:
+        return False
+    # Triton starts kernels on the current device, unless a compiler sees to it.
+    return is_traced() or x.device.index == torch.cuda.current_device()
 
 
 def fit_dtype(x: Tensor, dtype: torch.dtype) -> bool:
@@ -88,8 +92,9 @@ def convolve(
     Returns:
         Tensor: Of shape and dtype of ``x``.
     """
-    run = cpu.convolve if x.is_cpu else gpu.convolve
-    return run(x.contiguous(), taps, bias, tiles, turned)
+    if tiles is None or not x.is_cpu:
+        return gpu.convolve(x.contiguous(), taps, bias, tiles, turned)
+    return cpu.convolve(x.contiguous(), taps, bias, tiles, turned)
 
 
 def sum_gradients(
@@ -106,6 +111,9 @@ def sum_gradients(
         tuple[Tensor, Tensor]: Those of the kernel, ``(49, C)``, and of the bias,
         ``(C,)``, in float32.
     """
-    run = cpu.sum_gradients if x.is_cpu else gpu.sum_gradients
-    whole = run(x.contiguous(), grad.contiguous(), tiles)
+    x, grad = x.contiguous(), grad.contiguous()
+    if tiles is None or not x.is_cpu:
+        whole = gpu.sum_gradients(x, grad, tiles)
+    else:
+        whole = cpu.sum_gradients(x, grad, tiles)
     return whole[:-1], whole[-1]
