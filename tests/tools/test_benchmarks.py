@@ -112,6 +112,20 @@ def test_encoder(figures: Callable) -> None:
     assert rows[0.8, 'dense']['seconds'] == rows[0.6, 'dense']['seconds']
 
 
+def test_encoder_in_two_forms(figures: Callable) -> None:
+    """Compiling takes minutes, and is tested where the layouts are."""
+    what = ['--size', 96, '--batch-size', 2, '--forms', 'plain', 'compiled']
+    with torch.compiler.set_stance('force_eager'):
+        found = figures('encoder', *what, '--against', 'dense-masked')
+    rows = {(row['encoder'], row['form']): row for row in found['rows']}
+    names, forms = ('packed', 'dense-masked'), ('plain', 'compiled')
+    assert list(rows) == [(name, form) for name in names for form in forms]
+    for (_, form), row in rows.items():
+        packed = rows['packed', form]
+        assert row['times_packed'] == pytest.approx(times(row, packed))
+        assert row['pictures'] == pytest.approx(2 / row['seconds'])
+
+
 def test_encoder_in_16_bits(figures: Callable) -> None:
     what = ['--size', 64, '--batch-size', 1, '--dtype', 'bfloat16']
     found = figures('encoder', *what, '--against', 'dense-masked-plain')

@@ -13,7 +13,9 @@ from ..shortcuts import is_exported, is_ordinary, is_traced
 from ..tiles import Tiles
 from . import cpu
 
-HAS_TRITON = bool(torch.version.cuda) and find_spec('triton') is not None
+# Triton 3.2, which belongs to PyTorch 2.6, cannot compile them.
+_IS_NEW = bool(torch.version.cuda) and torch.__version__ >= '2.7'
+HAS_TRITON = _IS_NEW and find_spec('triton') is not None
 if HAS_TRITON:
     from .gpu import depthwise as gpu
 
