@@ -26,10 +26,6 @@ import_torchvision()
 torch.set_num_threads(1)
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
-# Where there is no GPU, its kernels are interpreted. Triton asks when it is imported.
-if not torch.cuda.is_available():
-    os.environ.setdefault('TRITON_INTERPRET', '1')
-
 # Where a shell runs them in the background, what they start would ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -83,11 +83,12 @@ class Block(nn.Module):
             Tensor: Features of the same shape.
         """
         first, act, grn, second = self.pwconv1, self.act, self.grn, self.pwconv2
-        made = first, act, grn, second
         # Others may have been put in their places.
-        if isinstance(grn, GRN) and is_quicker_as_one(y, self.norm, *made):
+        if not isinstance(grn, GRN):
+            return second(grn(act(first(self.norm(y)))))
+        if is_quicker_as_one(y, self.norm, first, act, grn, second):
             return normalise_and_project(y, self.norm, first, grn, second)
         y = self.norm(y)
-        if isinstance(grn, GRN) and is_quicker_by_parts(y, *made):
+        if is_quicker_by_parts(y, first, act, grn, second):
             return expand_and_project(y, first, grn, second)
         return second(grn(act(first(y))))

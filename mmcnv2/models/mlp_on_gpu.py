@@ -16,24 +16,25 @@ from .shortcuts import dtype_of, is_plain, is_traced
 
 if kernels.HAS_TRITON:
     from .kernels.gpu import mlp as gpu
+    from .kernels.gpu import on_device_of
 
 
 def is_quicker_as_one(
     x: Tensor,
-    norm: nn.Module,
+    norm: nn.LayerNorm,
     pwconv1: nn.Module,
     act: nn.Module,
-    grn: nn.Module,
+    grn: GRN,
     pwconv2: nn.Module,
 ) -> bool:
     """Tell whether :func:`normalise_and_project` is the quick way.
 
     Args:
         x (Tensor): Features, ``(N, ..., C)``.
-        norm (nn.Module): What stands in the place of the norm.
+        norm (nn.LayerNorm): What stands in the place of the norm.
         pwconv1 (nn.Module): In that of the expansion.
         act (nn.Module): In that of GELU.
-        grn (nn.Module): In that of GRN.
+        grn (GRN): In that of GRN.
         pwconv2 (nn.Module): In that of the projection.
 
     Returns:
@@ -42,12 +43,15 @@ def is_quicker_as_one(
     """
     if x.is_cpu or is_traced() or x.numel() == 0 or not kernels.fit(x):
         return False
-    if not kernels.fit_dtype(x, dtype_of(x)) or not is_plain(norm, nn.LayerNorm):
+    if not is_plain(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
         return False
-    affine = norm.weight is not None and norm.bias is not None
-    if not affine or norm.normalized_shape != x.shape[-1:]:
+    if not are_as_built(pwconv1, act, grn, pwconv2):
         return False
-    return are_as_built(pwconv1, act, grn, pwconv2)
+    # Kernels would not notice; PyTorch's operations tell what is wrong.
+    shapes = norm.normalized_shape, grn.gamma.numel(), grn.beta.numel()
+    fitting = x.shape[-1:], pwconv1.out_features, pwconv1.out_features
+    near = {each.device for each in (norm.weight, grn.gamma)} == {x.device}
+    return shapes == fitting and near and kernels.fit_dtype(x, dtype_of(x))
 
 
 def normalise_and_project(
@@ -71,7 +75,8 @@ def normalise_and_project(
     )
     # Kernels go by addresses alone.
     tokens, *parameters = (each.contiguous() for each in inputs)
-    out = _NormaliseAndProject.apply(tokens, norm.eps, dtype_of(x), *parameters)
+    with on_device_of(x):
+        out = _NormaliseAndProject.apply(tokens, norm.eps, dtype_of(x), *parameters)
     return out.view_as(x)
 
 
@@ -110,11 +115,12 @@ class _NormaliseAndProject(torch.autograd.Function):
         grad_beta = grad_bias2 @ weight2.float()
         grad_y = grad_hidden @ weights[0]
         grad_x, of_norm = gpu.layer_norm_backward(x, grad_y, weight, statistics)
+        *_, of_weight1, _, _, _, of_weight2, _ = ctx.needs_input_grad
         return (
             *(grad_x, None, None, of_norm[0], of_norm[1]),
-            *(_product(grad_hidden, y), sums.sum(0)),
+            *(_product(grad_hidden, y) if of_weight1 else None, sums.sum(0)),
             *(of_gamma.sum(0).view_as(gamma), grad_beta.view_as(beta)),
-            *(_product(grad, active), grad_bias2),
+            *(_product(grad, active) if of_weight2 else None, grad_bias2),
         )
 
 

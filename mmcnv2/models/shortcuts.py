@@ -16,7 +16,8 @@ def is_traced() -> bool:
 def is_exported() -> bool:
     """Tell whether what is traced leaves PyTorch, where kernels of ours are unknown.
 
-    ``torch.compiler.is_exporting`` would tell that it does under ``torch.compile`` too.
+    Up to PyTorch 2.11 at least ``torch.compiler.is_exporting`` tells that it does under
+    ``torch.compile`` too. So strict exports, which compile, are not told here.
     """
     return is_traced() and not torch.compiler.is_dynamo_compiling()
 

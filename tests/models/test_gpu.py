@@ -8,6 +8,7 @@ from torch import nn
 
 from mmcnv2.models import ConvNeXtV2, kernels, mlp_on_gpu
 from mmcnv2.models.depthwise import is_quicker_by_tiles
+from mmcnv2.models.grn import GRN
 from mmcnv2.models.layers import Block
 from mmcnv2.models.layouts import DenseLayout
 from mmcnv2.models.tiles import Tiles
@@ -24,6 +25,8 @@ from .test_mlp import layers, plain
 
 pytest.importorskip('triton', reason='Triton is not installed: pip install triton')
 HAS_GPU = torch.cuda.is_available()
+if HAS_GPU and not kernels.fit(torch.empty(1, 8, device='cuda')):
+    pytest.skip('there are no kernels for this GPU', allow_module_level=True)
 DEVICE = 'cuda' if HAS_GPU else 'cpu'
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason='there is no GPU')
 
@@ -63,7 +66,9 @@ def depthwise(monkeypatch):
 @pytest.fixture
 def gpu(monkeypatch):
     module = import_module('mmcnv2.models.kernels.gpu.mlp')
+    package = import_module('mmcnv2.models.kernels.gpu')
     monkeypatch.setattr(mlp_on_gpu, 'gpu', module, raising=False)
+    monkeypatch.setattr(mlp_on_gpu, 'on_device_of', package.on_device_of, raising=False)
     return module
 
 
@@ -186,6 +191,58 @@ def test_weights_in_16_bits_and_in_any_order_of_memory():
 
 
 @pytest.mark.usefixtures('gpu')
+@pytest.mark.parametrize('frozen', [(1,), (1, 2, 3), (0, 2)], ids=str)
+def test_frozen_layers(frozen):
+    torch.manual_seed(0)
+    made = [layer.to(DEVICE, torch.float32) for layer in norm_and_layers(8, 32)]
+    x = torch.randn(2, 3, 5, 8, device=DEVICE, requires_grad=True)
+    for i in frozen:
+        made[i].requires_grad_(False)
+    learning = [p for layer in made for p in layer.parameters() if p.requires_grad]
+    found, expected = (
+        torch.autograd.grad(run(x, *made).square().sum(), [x, *learning])
+        for run in (mlp_on_gpu.normalise_and_project, normalise_first)
+    )
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(kernels, 'fit', lambda *tensors: True)
+    x = torch.empty(2, 3, 5, 8)
+
+    class Features:
+        """What does not lie on a CPU, as far as is asked."""
+
+        is_cpu, is_meta = False, False
+
+        def __getattr__(self, name):
+            return getattr(x, name)
+
+    return Features()
+
+
+def test_layers_that_do_not_fit_are_left_to_pytorch(monkeypatch):
+    x, block = as_on_a_gpu(monkeypatch), Block(8)
+
+    def fits():
+        made = block.pwconv1, block.act, block.grn, block.pwconv2
+        return mlp_on_gpu.is_quicker_as_one(x, block.norm, *made)
+
+    assert fits()
+    block.grn = GRN(16)
+    assert not fits()
+    block.grn, block.norm = GRN(32), nn.LayerNorm(8, elementwise_affine=False)
+    assert not fits()
+    block.norm = nn.LayerNorm((5, 8))
+    assert not fits()
+    block.norm = nn.LayerNorm(8).to('meta')
+    assert not fits()
+    block.norm, block.act = nn.LayerNorm(8), nn.GELU('tanh')
+    assert not fits()
+
+
+@pytest.mark.usefixtures('gpu')
 def test_second_derivatives():
     torch.manual_seed(0)
     made = norm_and_layers(8, 32)
@@ -226,6 +283,24 @@ def test_they_are_for_gpus_alone():
         assert not mlp_on_gpu.is_quicker_as_one(torch.empty(1, 8, 8, 8), *made)
     assert not kernels.fit(x.to('meta'))
     assert not is_quicker_by_tiles(conv.to('meta'), x.to('meta'))
+
+
+def test_where_triton_cannot_start_pytorch_computes(gpu, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError('Failed to find C compiler')
+
+    device = torch.device(DEVICE)
+    monkeypatch.setattr(kernels, 'on_device_of', mlp_on_gpu.on_device_of, raising=False)
+    monkeypatch.setattr(kernels, 'mlp', gpu, raising=False)
+    kernels._is_working.cache_clear()
+    assert kernels._is_working(device)
+    kernels._is_working.cache_clear()
+    monkeypatch.setattr(gpu, 'grn_scale', fail)
+    with pytest.warns(UserWarning, match=r'to find C compiler\..*apt-get install gcc'):
+        assert not kernels._is_working(device)
+    # It is not tried again.
+    assert not kernels._is_working(device)
+    kernels._is_working.cache_clear()
 
 
 @needs_gpu

@@ -4,7 +4,9 @@ Where there are none, or they do not fit a tensor, PyTorch's own operations comp
 same.
 """
 
-from importlib.util import find_spec
+import warnings
+from contextlib import suppress
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -13,11 +15,14 @@ from ..shortcuts import is_exported, is_ordinary, is_traced
 from ..tiles import Tiles
 from . import cpu
 
+HAS_TRITON = False
 # Triton 3.2, which belongs to PyTorch 2.6, cannot compile them.
-_IS_NEW = bool(torch.version.cuda) and torch.__version__ >= '2.7'
-HAS_TRITON = _IS_NEW and find_spec('triton') is not None
-if HAS_TRITON:
-    from .gpu import depthwise as gpu
+if torch.version.cuda and torch.__version__ >= '2.7':
+    with suppress(ImportError):
+        from .gpu import depthwise as gpu
+        from .gpu import mlp, on_device_of
+
+        HAS_TRITON = True
 
 # Of Ampere; they have run on nothing older.
 _CAPABILITY = 8
@@ -41,9 +46,9 @@ def fit(x: Tensor, *others: Tensor) -> bool:
 
     Returns:
         bool: Whether all tensors are ordinary memory of a device for which there are
-        kernels: a CPU, where they take channels in multiples of 8, or the current GPU.
-        While a model is compiled those for CPUs do not fit, and while it is exported
-        none does.
+        kernels; on CPUs they take channels in multiples of 8. While a model is compiled
+        those for CPUs do not fit, and while it is exported none does (but for strict
+        exports from GPUs, which nobody can tell from compiling).
     """
     tensors = x, *others
     if not all(each.device == x.device and is_ordinary(each) for each in tensors):
@@ -54,8 +59,27 @@ def fit(x: Tensor, *others: Tensor) -> bool:
         return False
     if torch.cuda.get_device_properties(x.device).major < _CAPABILITY:
         return False
-    # Triton starts kernels on the current device, unless a compiler sees to it.
-    return is_traced() or x.device.index == torch.cuda.current_device()
+    # A compiler starts Triton itself.
+    return is_traced() or _is_working(x.device)
+
+
+@cache
+def _is_working(device: torch.device) -> bool:
+    """Try whether Triton, which needs a C compiler, can start kernels on a GPU."""
+    one = torch.ones(1, 1, device=device)
+    try:
+        with on_device_of(one):
+            mlp.grn_scale(one, one[0], eps=1.0)
+    # In whichever of many ways it fails.
+    except Exception as error:
+        warnings.warn(
+            f'the kernels of mmcnv2 for GPUs are not used on {device}, which is slower '
+            f'without: {error}. Triton needs a C compiler and the headers of Python: '
+            'apt-get install gcc python3-dev',
+            stacklevel=3,
+        )
+        return False
+    return True
 
 
 def fit_dtype(x: Tensor, dtype: torch.dtype) -> bool:
@@ -78,7 +102,7 @@ def convolve(
     taps: Tensor,
     bias: Tensor | None,
     tiles: Tiles | None,
-    turned: bool = False,
+    turned: bool,
 ) -> Tensor:
     """Convolve each channel of tiles by itself with a kernel of 7 x 7.
 
@@ -89,14 +113,12 @@ def convolve(
         tiles (Tiles, optional): How the positions of ``x`` lie in pictures. On GPUs
             whole pictures ``(N, H, W, C)`` need none.
         turned (bool): Whether the kernel is turned by half, as it is on the way back.
-            Defaults to False.
 
     Returns:
         Tensor: Of shape and dtype of ``x``.
     """
-    if tiles is None or not x.is_cpu:
-        return gpu.convolve(x.contiguous(), taps, bias, tiles, turned)
-    return cpu.convolve(x.contiguous(), taps, bias, tiles, turned)
+    run = cpu.convolve if x.is_cpu else gpu.convolve
+    return run(x.contiguous(), taps, bias, tiles, turned)
 
 
 def sum_gradients(
@@ -113,9 +135,6 @@ def sum_gradients(
         tuple[Tensor, Tensor]: Those of the kernel, ``(49, C)``, and of the bias,
         ``(C,)``, in float32.
     """
-    x, grad = x.contiguous(), grad.contiguous()
-    if tiles is None or not x.is_cpu:
-        whole = gpu.sum_gradients(x, grad, tiles)
-    else:
-        whole = cpu.sum_gradients(x, grad, tiles)
+    run = cpu.sum_gradients if x.is_cpu else gpu.sum_gradients
+    whole = run(x.contiguous(), grad.contiguous(), tiles)
     return whole[:-1], whole[-1]

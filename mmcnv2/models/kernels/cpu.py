@@ -65,7 +65,7 @@ def is_loaded() -> bool:
 
 
 def convolve(
-    x: Tensor, taps: Tensor, bias: Tensor | None, tiles: Tiles, turned: bool
+    x: Tensor, taps: Tensor, bias: Tensor | None, tiles: Tiles | None, turned: bool
 ) -> Tensor:
     taps = (taps.flip(0) if turned else taps).float().contiguous()
     bias = None if bias is None else bias.float().contiguous()
@@ -74,7 +74,7 @@ def convolve(
     return out
 
 
-def sum_gradients(x: Tensor, grad: Tensor, tiles: Tiles) -> Tensor:
+def sum_gradients(x: Tensor, grad: Tensor, tiles: Tiles | None) -> Tensor:
     described = _describe(tiles, x)
     groups = -(-described.count // described.group)
     sums = x.new_zeros(groups, 50, x.shape[-1], dtype=torch.float32)
@@ -82,7 +82,7 @@ def sum_gradients(x: Tensor, grad: Tensor, tiles: Tiles) -> Tensor:
     return sums.sum(0)
 
 
-def _describe(tiles: Tiles, x: Tensor) -> _Tiles:
+def _describe(tiles: Tiles | None, x: Tensor) -> _Tiles:
     return _Tiles(
         tiles.side,
         tiles.near.data_ptr(),

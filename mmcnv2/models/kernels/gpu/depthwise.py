@@ -11,12 +11,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ...tiles import Tiles
+from . import cover, on_device_of
 
 _PICTURE_SIDE = 8  # of the tiles that whole pictures are cut into
 _COLUMNS = 8  # of tiles, side by side, in a program
 _CHANNELS = 32
 _WARPS = 1
 _STEPS = 16  # of a program that sums gradients
+# For which no kernel of its own is compiled: pictures come in many.
+_SIZES = ['count', 'height', 'width', 'down', 'across']
 
 
 def convolve(
@@ -31,28 +34,23 @@ def convolve(
     out = torch.empty_like(x)
     channels = x.shape[-1]
     count, near, sizes, kind = _describe(x, tiles)
-    grid = _cover(count, kind['tiles']), _cover(channels, _CHANNELS)
-    _convolve[grid](
-        *(x, taps, bias, out, near, count, channels, *sizes),
-        **kind,
-        turned=turned,
-        num_warps=_WARPS,
-    )
+    grid = cover(count, kind['tiles']), cover(channels, _CHANNELS)
+    tensors = x, taps, bias, out, near
+    how = dict(kind, turned=turned, num_warps=_WARPS)
+    with on_device_of(x):
+        _convolve[grid](*tensors, count, channels, *sizes, **how)
     return out
 
 
 def sum_gradients(x: Tensor, grad: Tensor, tiles: Tiles | None) -> Tensor:
     channels = x.shape[-1]
     count, near, sizes, kind = _describe(x, tiles)
-    parts = _cover(count, kind['tiles'] * _STEPS)
+    parts = cover(count, kind['tiles'] * _STEPS)
     sums = x.new_empty(parts, 50, channels, dtype=torch.float32)
-    grid = parts, _cover(channels, _CHANNELS), 7
-    _sum_gradients[grid](
-        *(x, grad, sums, near, count, channels, *sizes),
-        **kind,
-        steps=_STEPS,
-        num_warps=_WARPS,
-    )
+    grid = parts, cover(channels, _CHANNELS), 7
+    how = dict(kind, steps=_STEPS, num_warps=_WARPS)
+    with on_device_of(x):
+        _sum_gradients[grid](x, grad, sums, near, count, channels, *sizes, **how)
     return sums.sum(0)
 
 
@@ -60,7 +58,7 @@ def _describe(x: Tensor, tiles: Tiles | None) -> tuple:
     """Return the number of tiles, their neighbours, sizes of pictures, and kind."""
     if tiles is None:
         pictures, height, width, _ = x.shape
-        down, across = _cover(height, _PICTURE_SIDE), _cover(width, _PICTURE_SIDE)
+        down, across = cover(height, _PICTURE_SIDE), cover(width, _PICTURE_SIDE)
         sizes = height, width, down, across
         kind = dict(whole=True, side=_PICTURE_SIDE)
         count, near = pictures * down * across, None
@@ -75,11 +73,7 @@ def _describe(x: Tensor, tiles: Tiles | None) -> tuple:
     )
 
 
-def _cover(length: int, size: int) -> int:
-    return -(-length // size)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _convolve(
     x,
     taps,
@@ -128,7 +122,7 @@ def _convolve(
         tl.store(out + place, totals[o], there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _sum_gradients(
     x,
     grad,

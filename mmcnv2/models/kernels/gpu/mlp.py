@@ -1,6 +1,7 @@
 """What a block does between its products: LayerNorm, GELU and GRN.
 
-Features are contiguous, ``(N, P, C)``. Sums over positions are in float32.
+Features are contiguous, ``(N, P, C)``, and on the current GPU. Sums over positions are
+in float32.
 """
 
 import torch
@@ -8,8 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import cover
+
 _ELEMENTS = 4096  # of a program of LayerNorm
 _STEPS = 4  # of one that sums its gradients
+# For which no kernel of its own is compiled: pictures come in many.
+_SIZES = ['count', 'positions']
 # Of a program that sums over the positions of a picture.
 _SUMMED = dict(rows=8, wide=128, steps=8)
 
@@ -23,7 +28,7 @@ def layer_norm(
     count = x.numel() // channels
     statistics = x.new_empty(2, count, dtype=torch.float32)
     rows, wide = _shape_of_lines(channels)
-    _layer_norm[(_cover(count, rows),)](
+    _layer_norm[(cover(count, rows),)](
         *(x, weight, bias, out, statistics, count, channels, eps),
         rows=rows,
         wide=wide,
@@ -39,7 +44,7 @@ def layer_norm_backward(
     channels = x.shape[-1]
     count = x.numel() // channels
     rows, wide = _shape_of_lines(channels)
-    parts = _cover(count, rows * _STEPS)
+    parts = cover(count, rows * _STEPS)
     sums = x.new_empty(parts, 2, channels, dtype=torch.float32)
     _layer_norm_backward[(parts,)](
         *(x, grad, weight, statistics, out, sums, count, channels),
@@ -108,22 +113,19 @@ def _shape_of_lines(channels: int) -> tuple[int, int]:
 def _grid(x: Tensor) -> tuple[int, int, int]:
     pictures, positions, channels = x.shape
     high = _SUMMED['rows'] * _SUMMED['steps']
-    return _cover(channels, _SUMMED['wide']), _cover(positions, high), pictures
+    # The others may be 65,535 at most.
+    return cover(positions, high), cover(channels, _SUMMED['wide']), pictures
 
 
 def _sum_pictures(kernel, x: Tensor, *tensors: Tensor) -> Tensor:
     """Run a kernel that sums over the positions of each picture."""
     grid = _grid(x)
-    sums = x.new_empty(len(x), grid[1], x.shape[-1], dtype=torch.float32)
+    sums = x.new_empty(len(x), grid[0], x.shape[-1], dtype=torch.float32)
     kernel[grid](x, *tensors, sums, *x.shape[1:], **_SUMMED)
-    return sums[:, 0] if grid[1] == 1 else sums.sum(1)
+    return sums[:, 0] if grid[0] == 1 else sums.sum(1)
 
 
-def _cover(length: int, size: int) -> int:
-    return -(-length // size)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _layer_norm(
     x,
     weight,
@@ -152,7 +154,7 @@ def _layer_norm(
     tl.store(statistics + count + row, inverse, row < count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _layer_norm_backward(
     x,
     grad,
@@ -194,8 +196,8 @@ def _layer_norm_backward(
 @triton.jit
 def _place(step, positions, channels, rows: tl.constexpr, wide: tl.constexpr, steps):
     """Return where a step of a program finds its elements, and which are there."""
-    channel = tl.program_id(0) * wide + tl.arange(0, wide)
-    row = (tl.program_id(1) * steps + step) * rows + tl.arange(0, rows)
+    channel = tl.program_id(1) * wide + tl.arange(0, wide)
+    row = (tl.program_id(0) * steps + step) * rows + tl.arange(0, rows)
     position = tl.program_id(2).to(tl.int64) * positions + row
     inside = (row < positions)[:, None] & (channel < channels)
     return position[:, None] * channels + channel, inside
@@ -203,14 +205,14 @@ def _place(step, positions, channels, rows: tl.constexpr, wide: tl.constexpr, st
 
 @triton.jit
 def _store_sums(sums, total, channels, wide: tl.constexpr):
-    channel = tl.program_id(0) * wide + tl.arange(0, wide)
-    part = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    channel = tl.program_id(1) * wide + tl.arange(0, wide)
+    part = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
     tl.store(sums + part * channels + channel, tl.sum(total, 0), channel < channels)
 
 
 @triton.jit
 def _load_line(line, channels, wide: tl.constexpr):
-    channel = tl.program_id(0) * wide + tl.arange(0, wide)
+    channel = tl.program_id(1) * wide + tl.arange(0, wide)
     return tl.load(line + channel, channel < channels, 0).to(tl.float32)
 
 
@@ -228,7 +230,7 @@ def _normal(x):
     return tl.where(x > 0, 1 - beyond, beyond), density
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _gelu_squares(
     x,
     sums,
@@ -247,7 +249,7 @@ def _gelu_squares(
     _store_sums(sums, total, channels, wide)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _gelu_products(
     x,
     grad,
@@ -268,7 +270,7 @@ def _gelu_products(
     _store_sums(sums, total, channels, wide)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _gelu_scaled(
     x,
     scale,
@@ -289,7 +291,7 @@ def _gelu_scaled(
         tl.store(out + place, value * below * factor + offset, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _gelu_backward(
     x,
     scale,
