@@ -65,12 +65,8 @@ def _describe(x: Tensor, tiles: Tiles | None) -> tuple:
     else:
         count, near, sizes = len(tiles.near), tiles.near, (0, 0, 0, 0)
         kind = dict(whole=False, side=tiles.side)
-    return (
-        count,
-        near,
-        sizes,
-        dict(kind, tiles=_COLUMNS // kind['side'], wide=_CHANNELS),
-    )
+    kind |= dict(tiles=_COLUMNS // kind['side'], wide=_CHANNELS)
+    return count, near, sizes, kind
 
 
 @triton.jit(do_not_specialize=_SIZES)
