@@ -108,9 +108,8 @@ class MaskedEncoder(nn.Module):
                 norm, conv = downsamples[i - 1]
                 x = layout.downsample(conv, norm(x))
             side = x.shape[1] // mask.shape[1]
-            seen = ~mask.repeat_interleave(side, 1).repeat_interleave(side, 2)[
-                ..., None
-            ]
+            seen = ~mask.repeat_interleave(side, 1).repeat_interleave(side, 2)
+            seen = seen[..., None].to(x.dtype)
             x = _masked(x, seen)
             for block in stage:
                 x = self.block(block, x, seen, layout)

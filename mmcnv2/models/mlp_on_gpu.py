@@ -41,7 +41,7 @@ def is_quicker_as_one(
         bool: Whether there are kernels for it, and nobody would miss the layers' calls.
         Never while a model is traced or compiled, for compilers write such kernels.
     """
-    if x.is_cpu or is_traced() or x.numel() == 0 or not kernels.fit(x):
+    if x.is_cpu or is_traced() or x.numel() == 0:
         return False
     if not is_plain(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
         return False
@@ -50,8 +50,8 @@ def is_quicker_as_one(
     # Kernels would not notice; PyTorch's operations tell what is wrong.
     shapes = norm.normalized_shape, grn.gamma.numel(), grn.beta.numel()
     fitting = x.shape[-1:], pwconv1.out_features, pwconv1.out_features
-    near = {each.device for each in (norm.weight, grn.gamma)} == {x.device}
-    return shapes == fitting and near and kernels.fit_dtype(x, dtype_of(x))
+    fits = kernels.fit(x, norm.weight, grn.gamma)
+    return shapes == fitting and fits and kernels.fit_dtype(x, dtype_of(x))
 
 
 def normalise_and_project(
