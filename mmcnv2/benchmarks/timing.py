@@ -103,7 +103,7 @@ class Contender:
         model: Whose gradients are dropped before a step is timed, as in training.
         seconds: Of each step.
         peak: The most that was allocated at once in a step, in bytes. Weights are not
-            in it, nor gradients, which are there before.
+            in it, nor gradients, which are there before. Measured unless given.
     """
 
     what: dict[str, Any]
@@ -150,7 +150,7 @@ def measure(contenders: Sequence[Contender], rounds: int, device: str) -> None:
     for each in contenders:
         # Until gradients exist.
         each.step()
-        each.peak = peak_bytes(each.step, device)
+        each.peak = each.peak or peak_bytes(each.step, device)
     for number in range(rounds):
         # There and back, so that nobody always runs after the same one.
         for each in contenders[:: (-1) ** number]:

@@ -3,6 +3,7 @@
 from . import checkpoint
 from .broken_images import BrokenImagesHook
 from .checkpoint_hook import CheckpointHook
+from .compile_hook import CompileHook
 from .exact_resume import EpochBasedTrainLoop, ExactResumeHook
 from .feature_diversity import FeatureDiversityHook
 from .fsdp import FSDPStrategy, wrap_blocks
@@ -13,6 +14,7 @@ from .pretrained import PretrainedBackbone
 __all__ = [
     'BrokenImagesHook',
     'CheckpointHook',
+    'CompileHook',
     'EpochBasedTrainLoop',
     'ExactResumeHook',
     'FSDPStrategy',

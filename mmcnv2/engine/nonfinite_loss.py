@@ -163,7 +163,8 @@ def _run_again(
     now = _random_states()
     _set_random_states(random_states)
     try:
-        with torch.no_grad():
+        # Layers that are compiled would not be seen.
+        with torch.no_grad(), torch.compiler.set_stance('force_eager'):
             functional_call(model, buffers, args, kwargs)
     finally:
         _set_random_states(now)

@@ -20,7 +20,7 @@ from .layouts import (
     PackedLayout,
     import_minkowski_engine,
 )
-from .shortcuts import is_traced
+from .shortcuts import is_recorded
 
 # The official repository's table, by its names.
 ARCHITECTURES: dict[str, dict[str, Sequence[int]]] = {
@@ -155,8 +155,8 @@ class ConvNeXtV2(BaseModule):
             mask (Tensor, optional): ``(N, H / 32, W / 32)``, bool, True where a patch
                 is hidden, with equally many visible patches in every picture.
             num_visible (int, optional): That number, where it is known beforehand.
-                ``torch.compile`` needs it, and takes it as true, to make a single graph
-                that serves all masks. Counted by default.
+                ``torch.compile`` and CUDA graphs need it, and take it as true, to make
+                a single graph that serves all masks. Counted by default.
 
         Returns:
             tuple[Tensor]: For each of ``out_indices``, in ascending order, features
@@ -192,8 +192,7 @@ class ConvNeXtV2(BaseModule):
         if mask is None:
             return DenseLayout()
         _check_mask(x, mask)
-        # What is traced must not depend on values.
-        if num_visible is None or not is_traced():
+        if num_visible is None or not is_recorded(mask):
             num_visible = _count_visible(mask, num_visible)
         return SPARSE_LAYOUTS[self.sparse](mask, num_visible)
 

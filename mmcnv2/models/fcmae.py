@@ -12,7 +12,7 @@ from ..registry import MODELS, WEIGHT_INITIALIZERS
 from .convnextv2 import STRIDE, ConvNeXtV2, check_masked_size
 from .layers import INIT_CFG, Block
 from .layouts import DenseLayout
-from .shortcuts import is_traced
+from .shortcuts import is_recorded
 
 
 @MODELS.register_module()
@@ -130,7 +130,7 @@ class FCMAE(BaseModel):
         Raises:
             ValueError: If the mask hides nothing or everything, or has the wrong shape.
         """
-        if not is_traced() and not mask.any():
+        if not is_recorded(mask) and not mask.any():
             raise ValueError(
                 'the mask hides no patch, so there is nothing to reconstruct; hide at '
                 'least one of each picture'

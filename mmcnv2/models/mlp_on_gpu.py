@@ -12,7 +12,10 @@ from torch.nn import functional
 from . import kernels
 from .grn import EPS, GRN, normalise
 from .mlp import are_as_built, differentiate
-from .shortcuts import dtype_of, is_plain, is_traced
+from .shortcuts import dtype_of, is_plain
+
+# Products of 16 bits that are not rounded to them.
+_HAS_OUT_DTYPE = torch.__version__ >= '2.8'
 
 if kernels.HAS_TRITON:
     from .kernels.gpu import mlp as gpu
@@ -39,9 +42,8 @@ def is_quicker_as_one(
 
     Returns:
         bool: Whether there are kernels for it, and nobody would miss the layers' calls.
-        Never while a model is traced or compiled, for compilers write such kernels.
     """
-    if x.is_cpu or is_traced() or x.numel() == 0:
+    if x.is_cpu or x.numel() == 0:
         return False
     if not is_plain(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
         return False
@@ -83,7 +85,8 @@ def normalise_and_project(
 class _NormaliseAndProject(torch.autograd.Function):
     """The same of ``(N, P, C)``.
 
-    Kept for the backward pass are what enters the norm, the expansion and GELU.
+    Kept for the backward pass are what enters the norm and the expansion, and what
+    comes out of the latter, without its bias.
     """
 
     @staticmethod
@@ -91,9 +94,9 @@ class _NormaliseAndProject(torch.autograd.Function):
         weight, bias, weight1, bias1, gamma, beta, weight2, bias2 = parameters
         weights = weight1.to(dtype), weight2.to(dtype)
         y, statistics = gpu.layer_norm(x, weight, bias, eps, dtype)
-        hidden = functional.linear(y, weights[0], bias1.to(dtype))
-        norm, scale = gpu.grn_scale(gpu.gelu_squares(hidden), gamma, EPS)
-        active = gpu.gelu_scaled(hidden, scale, beta)
+        hidden = functional.linear(y, weights[0])
+        norm, scale = gpu.grn_scale(gpu.gelu_squares(hidden, bias1), gamma, EPS)
+        active = gpu.gelu_scaled(hidden, bias1, scale, beta)
         ctx.eps, ctx.dtype = eps, dtype
         kept = statistics, y, hidden, norm, scale, *weights
         ctx.save_for_backward(x, *parameters, *kept)
@@ -103,24 +106,25 @@ class _NormaliseAndProject(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             return _differentiable_gradients(ctx, grad)
-        x, weight, _, _, _, gamma, beta, weight2, _, *kept = ctx.saved_tensors
+        x, weight, _, weight1, bias1, gamma, beta, weight2, _, *kept = ctx.saved_tensors
         statistics, y, hidden, norm, scale, *weights = kept
         grad = grad.contiguous()
-        grad_bias2 = grad.sum((0, 1), dtype=torch.float32)
         grad_hidden = grad @ weights[1]
-        products = gpu.gelu_products(hidden, grad_hidden)
-        of_gamma, slope = gpu.grn_slope(products, gamma, norm, EPS)
-        # It becomes the gradient of what enters GELU.
-        active, sums = gpu.gelu_backward(hidden, scale, beta, slope, grad_hidden)
-        grad_beta = grad_bias2 @ weight2.float()
+        products = gpu.gelu_products(hidden, bias1, grad_hidden)
+        of_scale, slope = gpu.grn_slope(products, gamma, norm, EPS)
+        lines = scale, beta, slope, of_scale
+        # It becomes the gradient of the expansion.
+        active, sums = gpu.gelu_backward(hidden, bias1, *lines, grad_hidden)
         grad_y = grad_hidden @ weights[0]
-        grad_x, of_norm = gpu.layer_norm_backward(x, grad_y, weight, statistics)
+        grad_x, of_norm = gpu.layer_norm_backward(x, grad_y, weight, statistics, grad)
+        of_weight, of_bias, of_bias2 = of_norm
+        of_bias1, of_beta, of_gamma = sums
         *_, of_weight1, _, _, _, of_weight2, _ = ctx.needs_input_grad
+        grad_weight1 = _product(grad_hidden, y, weight1) if of_weight1 else None
+        grad_weight2 = _product(grad, active, weight2) if of_weight2 else None
         return (
-            *(grad_x, None, None, of_norm[0], of_norm[1]),
-            *(_product(grad_hidden, y) if of_weight1 else None, sums.sum(0)),
-            *(of_gamma.sum(0).view_as(gamma), grad_beta.view_as(beta)),
-            *(_product(grad, active) if of_weight2 else None, grad_bias2),
+            *(grad_x, None, None, of_weight, of_bias, grad_weight1, of_bias1),
+            *(of_gamma.view_as(gamma), of_beta.view_as(beta), grad_weight2, of_bias2),
         )
 
 
@@ -138,6 +142,10 @@ def _differentiable_gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, None, None, *grads
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """Return ``left.T @ right`` of all rows."""
-    return left.flatten(0, 1).t() @ right.flatten(0, 1)
+def _product(left: Tensor, right: Tensor, weight: Tensor) -> Tensor:
+    """Return ``left.T @ right`` of all rows, as exact as the weight it is of."""
+    left, right = left.flatten(0, 1).t(), right.flatten(0, 1)
+    rounds = left.dtype != weight.dtype == torch.float32
+    if rounds and left.is_cuda and _HAS_OUT_DTYPE:
+        return torch.mm(left, right, out_dtype=weight.dtype)
+    return left @ right

@@ -13,6 +13,15 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
+def is_recorded(x: Tensor) -> bool:
+    """Tell whether what is done to a tensor will be done to other values unseen.
+
+    By what a compiler or an exporter makes of it, or by a CUDA graph. It must not look
+    at the values then.
+    """
+    return is_traced() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def is_exported() -> bool:
     """Tell whether what is traced leaves PyTorch, where kernels of ours are unknown.
 

@@ -145,14 +145,22 @@ def normalise_first(x, norm, *made):
     return plain(norm(x), *made)
 
 
-@pytest.mark.usefixtures('gpu')
 @pytest.mark.parametrize('dtype', CLOSE, ids=str)
 @pytest.mark.parametrize(
-    ('shape', 'hidden'),
-    [((3, 5, 7, 12), 40), ((2, 13, 10, 24), 136), ((1, 1, 1, 8), 8)],
+    ('shape', 'hidden', 'most_steps'),
+    [
+        ((3, 5, 7, 12), 40, 10),
+        # Two parts of a picture, and more than GRN's kernels add up.
+        ((2, 13, 10, 24), 136, 10),
+        ((2, 13, 10, 24), 136, 1),
+        ((1, 1, 1, 8), 8, 10),
+    ],
     ids=str,
 )
-def test_layers_are_one_after_the_other(shape, hidden, dtype):
+def test_layers_are_one_after_the_other(
+    gpu, monkeypatch, shape, hidden, most_steps, dtype
+):
+    monkeypatch.setattr(gpu, '_MOST_STEPS', most_steps)
     torch.manual_seed(0)
     made = norm_and_layers(shape[-1], hidden)
     x, direction = (torch.randn(shape, dtype=torch.float64) for _ in range(2))
@@ -270,10 +278,10 @@ def test_gelu_everywhere(gpu):
     x = torch.linspace(-12, 12, 4096).view(1, -1, 8)
     exact = nn.functional.gelu(x.double())
     one, zero = torch.ones(1, 8, device=DEVICE), torch.zeros(8, device=DEVICE)
-    found = gpu.gelu_scaled(x.to(DEVICE), one, zero).cpu()
+    found = gpu.gelu_scaled(x.to(DEVICE), zero, one, zero).cpu()
     assert ((found - exact) / x.abs().clamp(min=1)).abs().max() < 2.5e-7
     x = torch.tensor([float('nan'), float('inf')]).repeat(4).view(1, 1, 8)
-    found = gpu.gelu_scaled(x.to(DEVICE), one, zero).flatten()
+    found = gpu.gelu_scaled(x.to(DEVICE), zero, one, zero).flatten()
     assert found.isnan().tolist() == [True, False] * 4
     assert found.isposinf().tolist() == [False, True] * 4
 
@@ -362,3 +370,23 @@ def test_compiles_to_one_graph_for_all_masks(masked):
             for each in (outs, expected)
         )
         torch.testing.assert_close(grads, expected_grads, rtol=1e-3, atol=1e-3)
+
+
+@needs_gpu
+def test_cuda_graph_serves_all_masks():
+    model: ConvNeXtV2 = encoder(CUSTOM, torch.float32).to(DEVICE)
+    image, mask = torch.randn(2, 3, 96, 128, device=DEVICE), random_mask(2, 3, 4, 0.6)
+    params, mask = list(model.parameters()), mask.to(DEVICE)
+
+    def step():
+        (*_, out) = model(image, mask, 5)
+        return out, *torch.autograd.grad(out.square().sum(), params, allow_unused=True)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    for _ in range(3):
+        mask.copy_(random_mask(2, 3, 4, 0.6))
+        graph.replay()
+        torch.testing.assert_close(found, step(), rtol=1e-3, atol=1e-3)

@@ -66,10 +66,10 @@ def fit(x: Tensor, *others: Tensor) -> bool:
 @cache
 def _is_working(device: torch.device) -> bool:
     """Try whether Triton, which needs a C compiler, can start kernels on a GPU."""
-    one = torch.ones(1, 1, device=device)
+    one = torch.ones(1, 1, 1, device=device)
     try:
         with on_device_of(one):
-            mlp.grn_scale(one, one[0], eps=1.0)
+            mlp.grn_scale(one, one, eps=1.0)
     # In whichever of many ways it fails.
     except Exception as error:
         warnings.warn(

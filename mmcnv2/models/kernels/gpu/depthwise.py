@@ -17,7 +17,7 @@ _PICTURE_SIDE = 8  # of the tiles that whole pictures are cut into
 _COLUMNS = 8  # of tiles, side by side, in a program
 _CHANNELS = 32
 _WARPS = 1
-_STEPS = 16  # of a program that sums gradients
+_STEPS = 8  # of a program that sums gradients
 # For which no kernel of its own is compiled: pictures come in many.
 _SIZES = ['count', 'height', 'width', 'down', 'across']
 

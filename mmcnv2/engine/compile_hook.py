@@ -1,0 +1,67 @@
+"""Training by ``torch.compile``."""
+
+from typing import Any
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+
+from mmcnv2.arguments import check_arguments
+from mmcnv2.registry import HOOKS
+
+from .feature_diversity import FeatureDiversityHook
+
+
+@HOOKS.register_module()
+@check_arguments
+class CompileHook(Hook):
+    """Compile a part of the model, which then trains quicker on GPUs.
+
+    What is called all at once, from a CUDA graph, does not wait for a CPU that calls
+    one kernel after the other. It takes minutes at the start, and again whenever
+    pictures of another size come: it is for pictures of one size, as pre-training has
+    them. Validation is not compiled. (MMEngine's own ``compile`` takes in the
+    optimizer's step.)
+
+    Args:
+        module: The part, by its name in the model. Defaults to 'backbone'.
+        **options: Of ``torch.compile``, besides ``mode='reduce-overhead'`` and
+            ``dynamic=False``, or in their place.
+    """
+
+    def __init__(self, module: str = 'backbone', **options: Any) -> None:
+        self.module = module
+        self.options = dict(mode='reduce-overhead', dynamic=False) | options
+
+    def before_train(self, runner: Runner) -> None:
+        """Compile it, which takes place when it first runs.
+
+        Raises:
+            ValueError: If the model has no such part, or features are measured, which
+                nobody can see in what is compiled.
+        """
+        if any(isinstance(hook, FeatureDiversityHook) for hook in runner.hooks):
+            raise ValueError(
+                'CompileHook and FeatureDiversityHook do not go together: no layer can '
+                'be looked at in what is compiled; remove one of them from the config'
+            )
+        model = runner.model
+        model = model.module if is_model_wrapper(model) else model
+        try:
+            part = model.get_submodule(self.module)
+        except AttributeError:
+            names = ', '.join(name for name, _ in model.named_children())
+            raise ValueError(
+                f"module of CompileHook is '{self.module}', but {type(model).__name__} "
+                f'has no such part; it has {names}'
+            ) from None
+        part.compile(**self.options)
+
+    def before_val(self, runner: Runner) -> None:
+        """Run as usual: its pictures may be of many sizes."""
+        torch.compiler.set_stance('force_eager')
+
+    def after_val(self, runner: Runner) -> None:
+        """Go on with what is compiled."""
+        torch.compiler.set_stance('default')
