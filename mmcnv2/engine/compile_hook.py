@@ -10,6 +10,7 @@ from mmengine.runner import Runner
 from mmcnv2.arguments import check_arguments
 from mmcnv2.registry import HOOKS
 
+from .exact_resume import is_between_steps
 from .feature_diversity import FeatureDiversityHook
 
 
@@ -20,9 +21,9 @@ class CompileHook(Hook):
 
     What is called all at once, from a CUDA graph, does not wait for a CPU that calls
     one kernel after the other. It takes minutes at the start, and again whenever
-    pictures of another size come: it is for pictures of one size, as pre-training has
-    them. Validation is not compiled. (MMEngine's own ``compile`` takes in the
-    optimizer's step.)
+    pictures of another size come, or fewer of them: it is for batches of one shape, as
+    pre-training has them. Validation and tests are not compiled. (MMEngine's own
+    ``compile`` takes in the optimizer's step.)
 
     Args:
         module: The part, by its name in the model. Defaults to 'backbone'.
@@ -57,11 +58,28 @@ class CompileHook(Hook):
                 f'has no such part; it has {names}'
             ) from None
         part.compile(**self.options)
+        self._parameters = list(part.parameters())
+        self._accumulates = False
 
-    def before_val(self, runner: Runner) -> None:
-        """Run as usual: its pictures may be of many sizes."""
-        torch.compiler.set_stance('force_eager')
+    def after_train_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: Any = None,
+        outputs: dict[str, Any] | None = None,
+    ) -> None:
+        """Keep gradients that accumulate where no graph writes over them."""
+        accumulated = self._accumulates
+        self._accumulates = not is_between_steps(runner.optim_wrapper)
+        if accumulated or not self._accumulates:
+            return
+        for parameter in self._parameters:
+            if parameter.grad is not None:
+                parameter.grad = parameter.grad.clone()
 
-    def after_val(self, runner: Runner) -> None:
-        """Go on with what is compiled."""
+    def _before_epoch(self, runner: Runner, mode: str = 'train') -> None:
+        # Validation and tests may have pictures of many sizes.
+        torch.compiler.set_stance('default' if mode == 'train' else 'force_eager')
+
+    def _after_epoch(self, runner: Runner, mode: str = 'train') -> None:
         torch.compiler.set_stance('default')

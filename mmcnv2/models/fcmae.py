@@ -264,8 +264,11 @@ class FCMAEDecoder(BaseModule):
             row, column and channel.
         """
         tokens = self.proj(features)
-        x = self.mask_token.to(tokens.dtype).expand(*mask.shape, -1)
-        x = x.masked_scatter(~mask[..., None], tokens)
+        # Sorted and not selected, so that no shape depends on the mask's values.
+        order = mask.flatten(1).byte().argsort(dim=1, stable=True)
+        places = order[:, : tokens.shape[1], None].expand_as(tokens)
+        x = self.mask_token.to(tokens.dtype).expand(*order.shape, -1)
+        x = x.scatter(1, places, tokens).unflatten(1, mask.shape[1:])
         layout = DenseLayout()
         for block in self.decoder:
             x = block(x, layout)

@@ -14,8 +14,8 @@ from .grn import EPS, GRN, normalise
 from .mlp import are_as_built, differentiate
 from .shortcuts import dtype_of, is_plain
 
-# Products of 16 bits that are not rounded to them.
-_HAS_OUT_DTYPE = torch.__version__ >= '2.8'
+# Products of 16 bits that are not rounded to them; PyTorch 2.8 cannot compile them.
+_HAS_OUT_DTYPE = torch.__version__ >= '2.10'
 
 if kernels.HAS_TRITON:
     from .kernels.gpu import mlp as gpu

@@ -9,7 +9,7 @@ _HAS_AVX = torch.backends.cpu.get_cpu_capability().startswith('AVX')
 
 
 def is_traced() -> bool:
-    """Tell whether a compiler or an exporter looks on, which wants plain operations."""
+    """Tell whether a compiler or an exporter looks on."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 

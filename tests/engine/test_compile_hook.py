@@ -1,14 +1,22 @@
 """Training by ``torch.compile``, in real runs."""
 
+import re
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from mmengine.model import MMDistributedDataParallel
 from mmengine.runner import Runner
+from torch._dynamo.backends.common import aot_autograd
 
 from mmcnv2.registry import HOOKS, MODELS
 
-from .test_nonfinite_loss import FCMAE, make_runner
+# Not relative, for this is run as a script too.
+from tests.commands import run_tool
+from tests.engine.test_nonfinite_loss import FCMAE, make_runner
 
 HOOK = dict(type='mmcnv2.CompileHook')
 # No compiler, but the graphs that it would get.
@@ -35,9 +43,10 @@ def backend():
     torch.compiler.set_stance('default')
 
 
-def train(tmp_path, *hooks, **more) -> Runner:
+def train(tmp_path, *hooks, wrap=lambda model: model, **more) -> Runner:
     torch.manual_seed(0)
-    runner = make_runner(tmp_path, MODELS.build(FCMAE), hook=None)
+    runner = make_runner(tmp_path, wrap(MODELS.build(FCMAE)), hook=None)
+    runner.optim_wrapper |= more
     for hook in hooks:
         runner.register_hook(HOOKS.build(hook))
     runner.train()
@@ -54,6 +63,34 @@ def test_same_training_by_one_graph(tmp_path, backend):
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
 
 
+def reuse_memory(graph, inputs):
+    """Write over what was put out before, as CUDA graphs do."""
+    before = []
+
+    def run(*args):
+        for out in before:
+            out.fill_(float('nan'))
+        outs = graph(*args)
+        given = {each.data_ptr() for each in args if isinstance(each, torch.Tensor)}
+        tensors = [out for out in outs if isinstance(out, torch.Tensor)]
+        before[:] = [out for out in tensors if out.data_ptr() not in given]
+        return [out.detach() if isinstance(out, torch.Tensor) else out for out in outs]
+
+    return make_boxed_func(run)
+
+
+def test_accumulated_gradients(tmp_path, backend):
+    def as_it_is(graph, inputs):
+        return make_boxed_func(graph.forward)
+
+    graphs = aot_autograd(fw_compiler=as_it_is, bw_compiler=reuse_memory)
+    accumulate = dict(accumulative_counts=4)
+    expected = train(tmp_path, **accumulate).model.state_dict()
+    found = train(tmp_path, dict(GRAPHS, backend=graphs), **accumulate)
+    for name, value in found.model.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
+
+
 def test_another_part(tmp_path, backend):
     compiler, counts = backend
     train(tmp_path, dict(GRAPHS, module='neck', backend=compiler))
@@ -66,12 +103,17 @@ def test_validation_runs_as_usual(tmp_path, backend):
     runner = make_runner(tmp_path, MODELS.build(FCMAE), hook=None)
     hook.before_train(runner)
     pictures = torch.rand(2, 3, 64, 64)
-    hook.before_val(runner)
-    runner.model(pictures)
-    assert not counts
-    hook.after_val(runner)
-    runner.model(pictures)
-    assert counts == dict(graphs=1, runs=1)
+    for before, after in (
+        (hook.before_val_epoch, hook.after_val_epoch),
+        (hook.before_test_epoch, hook.after_test_epoch),
+    ):
+        counts.clear()
+        before(runner)
+        runner.model(pictures)
+        assert not counts
+        after(runner)
+        runner.model(pictures)
+        assert counts['runs'] == 1
 
 
 def test_layers_of_a_loss_that_is_not_finite_are_found(tmp_path, backend):
@@ -95,3 +137,23 @@ def test_not_where_features_are_measured(tmp_path):
     diversity = dict(type='mmcnv2.FeatureDiversityHook')
     with pytest.raises(ValueError, match='do not go together'):
         train(tmp_path, HOOK, diversity)
+
+
+def train_as_one_of_two(folder: Path) -> None:
+    """Run in each of two processes, by ``test_two_processes``."""
+    torch.distributed.init_process_group('gloo')
+    for hooks in ([], [dict(GRAPHS, backend='aot_eager')]):
+        wrap = MMDistributedDataParallel
+        runner = train(folder, *hooks, wrap=wrap, accumulative_counts=2)
+        weights = [param.detach().flatten() for param in runner.model.parameters()]
+        print(f'weights {torch.cat(weights).double().square().sum():.9f}')
+
+
+def test_two_processes(tmp_path):
+    output = run_tool([__file__, str(tmp_path)], tmp_path, processes=2).stdout
+    found = [float(number) for number in re.findall(r'weights (.*)', output)]
+    assert found == pytest.approx(4 * found[:1], rel=1e-6), output
+
+
+if __name__ == '__main__':
+    train_as_one_of_two(Path(sys.argv[1]))

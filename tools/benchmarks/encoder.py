@@ -31,6 +31,7 @@ from mmcnv2.models import ConvNeXtV2
 from mmcnv2.models.fcmae import draw_mask
 
 FORMS = ('plain', 'compiled', 'graphed')
+NOT_GRAPHED = ('minkowski', 'spark')
 COLUMNS = {
     'hidden': '{mask_ratio:.0%}',
     'encoder': '{encoder}',
@@ -64,8 +65,15 @@ def parse_args() -> argparse.Namespace:
     )
     add_against(parser, OTHERS)
     args = parser.parse_args()
-    if 'graphed' in args.forms and torch.device(args.device).type != 'cuda':
+    if 'graphed' not in args.forms:
+        return args
+    if torch.device(args.device).type != 'cuda':
         parser.error('graphed is a form on GPUs; give --device cuda, or leave it out')
+    if set(args.against) & set(NOT_GRAPHED):
+        parser.error(
+            f'{" and ".join(NOT_GRAPHED)} cannot be graphed, for what they do depends '
+            'on values; give others to --against'
+        )
     return args
 
 

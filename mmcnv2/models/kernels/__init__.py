@@ -66,7 +66,7 @@ def fit(x: Tensor, *others: Tensor) -> bool:
 @cache
 def _is_working(device: torch.device) -> bool:
     """Try whether Triton, which needs a C compiler, can start kernels on a GPU."""
-    one = torch.ones(1, 1, 1, device=device)
+    one = torch.ones(1, 1, 1, dtype=torch.float32, device=device)
     try:
         with on_device_of(one):
             mlp.grn_scale(one, one, eps=1.0)

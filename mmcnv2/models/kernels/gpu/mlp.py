@@ -13,8 +13,8 @@ from . import cover
 
 _ELEMENTS = 4096  # of a program of LayerNorm
 _STEPS = 4  # of one that sums its gradients
-# Of a program on expanded features: the positions and channels of a step, and most
-# steps, for those of a small picture.
+# Of a program on expanded features: positions and channels of a step, and at most how
+# many steps, so that a small picture is one program's.
 _ROWS, _WIDE, _MOST_STEPS = 8, 64, 10
 _PARTS = 8  # sums of a picture that a program of GRN adds up itself
 # For which no kernels of their own are compiled: pictures come in many sizes.
