@@ -62,6 +62,8 @@ IN_PLACE = {
     r'--nproc_per_node=\d+': '--nproc_per_node=1',
     r'--master_addr=.*': '--master_addr=127.0.0.1',
     r'--launcher=slurm': '--launcher=pytorch',
+    # On GPUs alone.
+    'graphed': 'plain',
     # Runs that differ in their seed alone become one.
     r'randomness\.seed=\d+': 'randomness.seed=0',
     r'(work_dirs/\w+)_\d': r'\1',

@@ -126,6 +126,18 @@ def test_encoder_in_two_forms(figures: Callable) -> None:
         assert row['pictures'] == pytest.approx(2 / row['seconds'])
 
 
+@pytest.mark.parametrize(
+    ('more', 'message'),
+    [
+        (['--device', 'cpu'], 'graphed is a form on GPUs'),
+        (['--device', 'cuda', '--against', 'spark'], 'cannot be graphed'),
+    ],
+)
+def test_what_cannot_be_graphed(figures: Callable, more: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        figures('encoder', '--forms', 'graphed', *more)
+
+
 def test_encoder_in_16_bits(figures: Callable) -> None:
     what = ['--size', 64, '--batch-size', 1, '--dtype', 'bfloat16']
     found = figures('encoder', *what, '--against', 'dense-masked-plain')

@@ -64,17 +64,22 @@ def parse_args() -> argparse.Namespace:
         help='compiling takes minutes; quotients are of those of one form',
     )
     add_against(parser, OTHERS)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def check_forms(args: argparse.Namespace) -> None:
+    """Refuse what no CUDA graph can be made of."""
     if 'graphed' not in args.forms:
-        return args
+        return
     if torch.device(args.device).type != 'cuda':
-        parser.error('graphed is a form on GPUs; give --device cuda, or leave it out')
+        raise ValueError(
+            'graphed is a form on GPUs; give --device cuda, or leave it out of --forms'
+        )
     if set(args.against) & set(NOT_GRAPHED):
-        parser.error(
+        raise ValueError(
             f'{" and ".join(NOT_GRAPHED)} cannot be graphed, for what they do depends '
             'on values; give others to --against'
         )
-    return args
 
 
 def contenders_of(
@@ -182,6 +187,7 @@ def rows_of(
 
 def main() -> None:
     args = parse_args()
+    check_forms(args)
     packed = build_packed(args.arch)
     others, absent = build_others(packed, args.against)
     encoders = {'packed': packed} | others
