@@ -4,13 +4,12 @@ from typing import Any
 
 import torch
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
 from mmcnv2.arguments import check_arguments
 from mmcnv2.registry import HOOKS
 
-from .exact_resume import is_between_steps
+from .exact_resume import is_between_steps, unwrapped
 from .feature_diversity import FeatureDiversityHook
 
 
@@ -47,8 +46,7 @@ class CompileHook(Hook):
                 'CompileHook and FeatureDiversityHook do not go together: no layer can '
                 'be looked at in what is compiled; remove one of them from the config'
             )
-        model = runner.model
-        model = model.module if is_model_wrapper(model) else model
+        model = unwrapped(runner.model)
         try:
             part = model.get_submodule(self.module)
         except AttributeError:

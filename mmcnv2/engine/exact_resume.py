@@ -179,13 +179,13 @@ class ExactResumeHook(Hook):
         if 'optimizer' in checkpoint and _has_gradients(runner):
             checkpoint['gradients'] = {
                 name: param.grad.cpu()
-                for name, param in _unwrapped(runner.model).named_parameters()
+                for name, param in unwrapped(runner.model).named_parameters()
                 if param.grad is not None
             }
 
     def before_train(self, runner: Runner) -> None:
         """Go on from what was loaded."""
-        for name, param in _unwrapped(runner.model).named_parameters():
+        for name, param in unwrapped(runner.model).named_parameters():
             if name in self._gradients:
                 param.grad = self._gradients[name].to(param.device)
         self._gradients = {}
@@ -347,7 +347,15 @@ def _has_gradients(runner: Runner) -> bool:
     return isinstance(runner, Runner) and not is_between_steps(runner.optim_wrapper)
 
 
-def _unwrapped(model: Any) -> nn.Module:
+def unwrapped(model: Any) -> nn.Module:
+    """Return a model itself, without what spreads it over processes.
+
+    Args:
+        model: A runner's.
+
+    Returns:
+        The model.
+    """
     return model.module if is_model_wrapper(model) else model
 
 

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
 from mmcnv2.arguments import check_arguments
 from mmcnv2.evaluation.diversity import BLOCKS, NAMES, DiversityRecorder
 from mmcnv2.registry import HOOKS
+
+from .exact_resume import unwrapped
 
 
 @HOOKS.register_module()
@@ -51,14 +52,13 @@ class FeatureDiversityHook(Hook):
         Raises:
             ValueError: If the model has no backbone of ours, or no such layer.
         """
-        model = runner.model
-        model = model.module if is_model_wrapper(model) else model
+        model = unwrapped(runner.model)
         if not hasattr(model, 'backbone'):
             raise ValueError(
                 f'FeatureDiversityHook measures the backbone of a model, but '
                 f'{type(model).__name__} has none; remove the hook from the config'
             )
-        self._recorder = DiversityRecorder(model.backbone, self.layers)
+        self._recorder = DiversityRecorder(model.get_submodule('backbone'), self.layers)
 
     def before_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None

@@ -11,7 +11,7 @@ from ..arguments import check_arguments
 from ..registry import MODELS, WEIGHT_INITIALIZERS
 from .convnextv2 import STRIDE, ConvNeXtV2, check_masked_size
 from .layers import INIT_CFG, Block
-from .layouts import DenseLayout
+from .layouts import DenseLayout, find_visible
 from .shortcuts import is_recorded
 
 
@@ -264,10 +264,8 @@ class FCMAEDecoder(BaseModule):
             row, column and channel.
         """
         tokens = self.proj(features)
-        # Sorted and not selected, so that no shape depends on the mask's values.
-        order = mask.flatten(1).byte().argsort(dim=1, stable=True)
-        places = order[:, : tokens.shape[1], None].expand_as(tokens)
-        x = self.mask_token.to(tokens.dtype).expand(*order.shape, -1)
+        places = find_visible(mask, tokens.shape[1])[..., None].expand_as(tokens)
+        x = self.mask_token.to(tokens.dtype).expand(*mask.flatten(1).shape, -1)
         x = x.scatter(1, places, tokens).unflatten(1, mask.shape[1:])
         layout = DenseLayout()
         for block in self.decoder:

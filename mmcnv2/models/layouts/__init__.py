@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from .dense import DenseLayout
 from .minkowski import MinkowskiLayout, import_minkowski_engine
-from .packed import PackedLayout
+from .packed import PackedLayout, find_visible
 
 __all__ = [
     'DenseLayout',
     'Layout',
     'MinkowskiLayout',
     'PackedLayout',
+    'find_visible',
     'import_minkowski_engine',
 ]
 

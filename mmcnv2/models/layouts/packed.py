@@ -26,10 +26,8 @@ class PackedLayout:
 
     def __init__(self, mask: Tensor, num_visible: int) -> None:
         self.visible = ~mask
-        # Sorted and not searched for, so that no shape depends on the mask's values.
-        order = mask.flatten(1).byte().argsort(dim=1, stable=True)
-        first = torch.arange(len(mask), device=mask.device) * order.shape[1]
-        self.patches = (order[:, :num_visible] + first[:, None]).flatten()
+        first = torch.arange(len(mask), device=mask.device) * mask.flatten(1).shape[1]
+        self.patches = (find_visible(mask, num_visible) + first[:, None]).flatten()
         self._tiles_by_side: dict[int, Tiles] = {}
         self._tables: dict[int, Tensor] = {}
         if is_traced():
@@ -117,6 +115,22 @@ class PackedLayout:
             y = (picture * h + row) * side + within
             self._tables[side] = (y * w + column).flatten()
         return self._tables[side]
+
+
+def find_visible(mask: Tensor, num_visible: int) -> Tensor:
+    """Find the visible patches of each picture.
+
+    Args:
+        mask (Tensor): ``(N, h, w)``, bool, True where a patch is hidden.
+        num_visible (int): Patches of each picture that are not.
+
+    Returns:
+        Tensor: ``(N, num_visible)``, int64: their places among the ``h * w`` of the
+        picture, in ascending order.
+    """
+    # Sorted and not searched for, so that no shape depends on the mask's values.
+    order = mask.flatten(1).byte().argsort(dim=1, stable=True)
+    return order[:, :num_visible]
 
 
 def _merges_squares(conv: nn.Module) -> bool:

@@ -100,7 +100,7 @@ def gelu_backward(
     """
     out = torch.empty_like(x)
     grid, how = _grid(x)
-    sums = x.new_empty(3, len(x), grid[0], x.shape[-1], dtype=torch.float32)
+    sums = _new_sums(x, grid, 3)
     tensors = x, bias, scale, shift, slope, of_scale, grad, out, sums
     _gelu_backward[grid](*tensors, *x.shape[1:], **how)
     return out, sums.sum((1, 2))
@@ -146,8 +146,8 @@ def _grid(x: Tensor) -> tuple[tuple[int, int, int], dict[str, int]]:
     return grid, dict(steps=steps, rows=_ROWS, wide=_WIDE)
 
 
-def _new_sums(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    return x.new_empty(len(x), grid[0], x.shape[-1], dtype=torch.float32)
+def _new_sums(x: Tensor, grid: tuple[int, int, int], *kinds: int) -> Tensor:
+    return x.new_empty(*kinds, len(x), grid[0], x.shape[-1], dtype=torch.float32)
 
 
 def _in_few_parts(sums: Tensor) -> Tensor:
