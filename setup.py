@@ -40,7 +40,9 @@ class BuildPyWithMim(build_py):
 # compiled the install goes on: PyTorch's own operations take its place.
 KERNELS = Extension(
     'mmcnv2.models.kernels._compiled',
-    sources=['mmcnv2/models/kernels/depthwise.cpp', 'mmcnv2/models/kernels/gelu.cpp'],
+    sources=[
+        f'mmcnv2/models/kernels/{name}.cpp' for name in ('depthwise', 'gelu', 'product')
+    ],
     depends=['mmcnv2/models/kernels/lanes.h', 'setup.py'],
     extra_compile_args=[
         '-std=c++17',

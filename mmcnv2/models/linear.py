@@ -1,9 +1,10 @@
-"""The product of a linear layer, by the quickest kernel there is."""
+"""Products of features and weights, by the quickest kernel there is."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .kernels import cpu, fit_products
 from .shortcuts import has_onednn
 
 # What torch.compile calls for linear layers on CPUs. PyTorch itself calls BLAS, which
@@ -12,17 +13,49 @@ _BY_ONEDNN = getattr(torch.ops.mkldnn, '_linear_pointwise', None)
 _LARGE = 1 << 18  # elements, which do not fit into a core's cache
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
     """Compute ``x @ weight.T + bias``, in functions with a backward of their own.
 
     Args:
         x (Tensor): ``(..., C)``.
         weight (Tensor): ``(D, C)``.
         bias (Tensor, optional): ``(D,)``.
+        out (Tensor, optional): Where to put it, contiguous, ``(..., D)``.
 
     Returns:
         Tensor: ``(..., D)``.
     """
+    if fit_products(x, weight):
+        out = x.new_empty(*x.shape[:-1], len(weight)) if out is None else out
+        bias = None if bias is None else bias.contiguous()
+        cpu.multiply(_rows(x), weight.t(), out.view(-1, len(weight)), bias)
+        return out
+    product = _linear(x, weight, bias)
+    return product if out is None else out.copy_(product)
+
+
+def add_product(sums: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """Add ``left.T @ right`` of all rows to what there is: a gradient of weights.
+
+    Args:
+        sums (Tensor, optional): What there is, ``(C, D)``, contiguous.
+        left (Tensor): ``(..., C)``.
+        right (Tensor): ``(..., D)``.
+
+    Returns:
+        Tensor: The sums, ``(C, D)``.
+    """
+    left, right = _rows(left).t(), _rows(right)
+    if fit_products(left, right):
+        out = left.new_empty(len(left), right.shape[1]) if sums is None else sums
+        cpu.multiply(left, right, out, sums)
+        return out
+    return left @ right if sums is None else sums.addmm_(left, right)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     fits = x.dtype == torch.float32 and _BY_ONEDNN is not None and has_onednn(x)
     # oneDNN writes a turned weight out anew, which takes as long as the product where
     # it is large; BLAS takes it as it lies.
@@ -32,3 +65,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not fits or turned:
         return functional.linear(x, weight, bias)
     return _BY_ONEDNN(x, weight, bias, 'none', [], '')
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.flatten(0, -2)

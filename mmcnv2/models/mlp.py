@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from .gelu import gelu_backward, gelu_products, gelu_squares
 from .grn import GRN, normalise, scale_of, through_scale, total
-from .linear import linear
+from .linear import add_product, linear
 from .shortcuts import autocast, dtype_of, is_ordinary, is_plain, is_traced
 
 # Expanded features that are dealt with at a time: what a last-level cache holds.
@@ -110,7 +110,7 @@ class _ExpandAndProject(torch.autograd.Function):
             scale = scale.to(x.dtype)
             for part, a in zip(parts, active, strict=True):
                 torch.addcmul(beta, a, scale, out=a)
-                out[part] = linear(a, weight2, bias2)
+                linear(a, weight2, bias2, out=out[part])
         ctx.save_for_backward(*inputs, norms, scales, *kept)
         return out
 
@@ -135,11 +135,11 @@ class _ExpandAndProject(torch.autograd.Function):
             for part, h, g in zip(parts, hidden, grads, strict=True):
                 a, sums = gelu_backward(h, scale, beta, slope, g)
                 grad_bias1 += sums.sum((0, 1))
-                grad_x[part] = linear(g, weight1.t())
+                linear(g, weight1.t(), out=grad_x[part])
                 if of_weight1:
-                    grad_weight1 = _add_product(grad_weight1, g, x[part])
+                    grad_weight1 = add_product(grad_weight1, g, x[part])
                 if of_weight2:
-                    grad_weight2 = _add_product(grad_weight2, grad[part], a)
+                    grad_weight2 = add_product(grad_weight2, grad[part], a)
         grad_beta = weight2.t() @ grad_bias2
         return (
             *(grad_x, grad_weight1, grad_bias1, grad_gamma.view(shape)),
@@ -180,9 +180,3 @@ def _slices(count: int, size: int) -> Iterator[slice]:
     """Cut into equal slices of ``size`` at most, of which the last may be shorter."""
     size = math.ceil(count / math.ceil(count / max(size, 1)))
     return (slice(i, min(i + size, count)) for i in range(0, count, size))
-
-
-def _add_product(sums: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """Add ``left.T @ right`` of all rows to what there is."""
-    left, right = left.flatten(0, 1).t(), right.flatten(0, 1)
-    return left @ right if sums is None else sums.addmm_(left, right)

@@ -1,7 +1,84 @@
 import pytest
 import torch
 
-from mmcnv2.models.linear import linear
+from mmcnv2.models import kernels
+from mmcnv2.models.linear import add_product, linear
+
+# Rows, depth and columns of products: less than a tile of the kernel, odd ones, a tile
+# and one more, more than any of its blocks.
+SIZES = [
+    (1, 1, 1),
+    (5, 7, 15),
+    (6, 8, 16),
+    (7, 9, 17),
+    (97, 385, 33),
+    (200, 24, 1041),
+    (12, 1000, 40),
+]
+
+
+@pytest.fixture(params=[1, 2, 3, 4, 9])
+def threads(request):
+    """Set how many there are: for the last number libraries multiply, not we."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize('size', SIZES, ids=str)
+@pytest.mark.parametrize('turned', [False, True])
+@pytest.mark.parametrize('biased', [False, True])
+def test_of_any_size(size, turned, biased, threads):
+    torch.manual_seed(0)
+    rows, depth, columns = size
+    x, bias = torch.randn(rows, depth), torch.randn(columns) if biased else None
+    weight = torch.randn(depth, columns).t() if turned else torch.randn(columns, depth)
+    out = torch.full((rows, columns), torch.nan)
+    assert linear(x, weight, bias, out=out) is out
+    expected = (x.double()[:, None] * weight.double()).sum(-1)
+    expected += 0 if bias is None else bias.double()
+    torch.testing.assert_close(out, expected.float(), atol=1e-4, rtol=1e-4)
+    assert torch.equal(linear(x, weight, bias), out)
+
+
+@pytest.mark.parametrize('size', SIZES, ids=str)
+@pytest.mark.parametrize('strided', ['no', 'channels', 'rows', 'expanded'])
+def test_gradient_of_weights(size, strided, threads):
+    torch.manual_seed(0)
+    columns, rows, inputs = size
+    left, right = torch.randn(rows, columns), torch.randn(rows, inputs)
+    if strided == 'channels':
+        left = torch.randn(rows, 2 * columns)[:, ::2]
+    elif strided == 'rows':
+        left, right = torch.randn(columns, rows).t(), torch.randn(inputs, rows).t()
+    elif strided == 'expanded':
+        left = torch.randn(columns).expand(rows, columns)
+    expected = (left.double()[..., None] * right.double()[:, None]).sum(0)
+    sums = add_product(None, left, right)
+    torch.testing.assert_close(sums, expected.float(), atol=1e-4, rtol=1e-4)
+    assert add_product(sums, left, right) is sums
+    torch.testing.assert_close(sums, 2 * expected.float(), atol=2e-4, rtol=1e-4)
+
+
+def test_does_not_depend_on_threads():
+    if not kernels.fit_products(torch.ones(1)):
+        pytest.skip('libraries multiply here')
+    torch.manual_seed(0)
+    x, weight, found = torch.randn(200, 500), torch.randn(90, 500), []
+    before = torch.get_num_threads()
+    for count in (1, 2, 3, 8):
+        torch.set_num_threads(count)
+        found.append(linear(x, weight))
+    torch.set_num_threads(before)
+    assert all(torch.equal(each, found[0]) for each in found)
+
+
+def test_others_are_left_to_libraries():
+    one = torch.ones(2, 2)
+    assert not kernels.fit_products(one.double(), one.double())
+    assert not kernels.fit_products(one.bfloat16())
+    assert not kernels.fit_products(one.to('meta'))
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,8 @@ if torch.version.cuda and torch.__version__ >= '2.7':
 
 # Of Ampere; they have run on nothing older.
 _CAPABILITY = 8
+# Of CPUs, each of which packs matrices of its own before it multiplies.
+_FEW_THREADS = 8
 
 
 def are_compiled() -> bool:
@@ -80,6 +82,24 @@ def _is_working(device: torch.device) -> bool:
         )
         return False
     return True
+
+
+def fit_products(*matrices: Tensor) -> bool:
+    """Tell whether products of matrices are quicker by a kernel of our own.
+
+    Args:
+        *matrices (Tensor): Those that are multiplied.
+
+    Returns:
+        bool: Whether they are: in float32, by a few threads of a CPU whose widest
+        registers are those of AVX2. For wider ones there is none.
+    """
+    if not cpu.is_loaded() or is_traced() or torch.get_num_threads() > _FEW_THREADS:
+        return False
+    return torch.backends.cpu.get_cpu_capability() == 'AVX2' and all(
+        each.is_cpu and each.dtype == torch.float32 and is_ordinary(each)
+        for each in matrices
+    )
 
 
 def fit_dtype(x: Tensor, dtype: torch.dtype) -> bool:

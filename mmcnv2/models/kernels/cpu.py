@@ -17,7 +17,7 @@ from ..tiles import Tiles
 
 LANES = 8  # channels that are computed at a time
 
-_INTERFACE = 4  # of lanes.h
+_INTERFACE = 5  # of lanes.h
 _CHUNK = 64  # positions of a picture that are summed in one go
 _GROUP = 2048  # positions whose gradients of a depthwise kernel are
 
@@ -57,6 +57,12 @@ class _Tiles(Structure):
         ('channels', c_int64),
         ('group', c_int64),
     )
+
+
+class _Matrix(Structure):
+    """``Matrix`` of product.cpp."""
+
+    _fields_ = (('at', c_void_p), ('row', c_int64), ('column', c_int64))
 
 
 def is_loaded() -> bool:
@@ -114,6 +120,17 @@ def sum_gelu(name: str, x: Tensor, *tensors: Tensor | None) -> Tensor:
     sizes = map(c_int64, (*x.shape, _CHUNK))
     _kernel(name, x)(*sizes, *addresses, threads)
     return sums.sum(1, keepdim=True)
+
+
+def multiply(left: Tensor, right: Tensor, out: Tensor, start: Tensor | None) -> None:
+    """Write ``left @ right + start`` to ``out``, which is contiguous."""
+    depth, columns = right.shape
+    line = 0 if start is None or start.dim() == 1 else start.stride(0)
+    matrices = (_Matrix(each.data_ptr(), *each.stride()) for each in (left, right))
+    sizes = map(c_int64, (len(left), columns, depth))
+    threads = c_int(torch.get_num_threads())
+    places = _address(start), c_int64(line), _address(out)
+    _LIBRARY.multiply_float32(*map(byref, matrices), *places, *sizes, threads)
 
 
 def _address(tensor: Tensor | None) -> c_void_p | None:

@@ -45,7 +45,7 @@ INLINE void store(BFloat16* to, Lanes x) {
 }
 
 // Raised, here and in __init__.py, whenever a function takes other arguments.
-constexpr int kInterface = 4;
+constexpr int kInterface = 5;
 
 // Cut `count` into equal shares for threads.
 inline int64_t share(int64_t count, int thread, int threads) {
