@@ -1,7 +1,6 @@
 // Products of matrices, for CPUs whose widest registers are those of AVX2: tall ones of
 // features with weights, and the gradients of these. Others must not call them.
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 
@@ -202,41 +201,35 @@ AVX2 INLINE void multiply_packed(Size size, const float* left, bool by_columns,
   }
 }
 
-struct Free {
-  void operator()(float* memory) const { std::free(memory); }
+// What a thread packs.
+struct Packed {
+  alignas(64) float rows[kBlock * kDepth];
+  alignas(64) float columns[kDepth * kWidth];
 };
-using Memory = std::unique_ptr<float, Free>;
-
-Memory allocate(int64_t count) {
-  const int64_t line = 64;
-  const int64_t bytes = rounded_up(count * sizeof(float), line);
-  return Memory(static_cast<float*>(std::aligned_alloc(line, bytes)));
-}
 
 AVX2 void multiply_share(Size size, Matrix left, Matrix right, Target to) {
   const int64_t equal = pieces(size.depth, pieces(size.depth, kDepth));
   const int64_t depth = rounded_up(equal, kStrip);
   const bool by_columns = left.column != 1;
-  const Memory some_rows = allocate(kBlock * depth);
-  const Memory some_columns =
-      allocate(rounded_up(std::min(kWidth, size.columns), kColumns) * depth);
+  // Kept, for the pages of new memory would have to be filled with zeros each time.
+  thread_local const std::unique_ptr<Packed> packed(new Packed);
   for (int64_t n = 0; n < size.columns; n += kWidth) {
     const int64_t columns = std::min(kWidth, size.columns - n);
     for (int64_t k = 0; k < size.depth; k += depth) {
       const int64_t deep = std::min(depth, size.depth - k);
-      pack_columns<kColumns>(part(right, k, n), deep, columns, some_columns.get());
+      pack_columns<kColumns>(part(right, k, n), deep, columns, packed->columns);
       for (int64_t m = 0; m < size.rows; m += kBlock) {
         const int64_t rows = std::min(kBlock, size.rows - m);
         const Matrix block = part(left, m, k);
         if (by_columns) {
-          pack_columns<kRows>(turned(block), deep, rows, some_rows.get());
+          pack_columns<kRows>(turned(block), deep, rows, packed->rows);
         } else {
-          pack_rows(block, rows, deep, some_rows.get());
+          pack_rows(block, rows, deep, packed->rows);
         }
         Target there = part(to, m, n);
         if (k > 0) there.start = there.out, there.start_line = there.line;
-        multiply_packed({rows, columns, deep}, some_rows.get(), by_columns,
-                        some_columns.get(), there);
+        multiply_packed({rows, columns, deep}, packed->rows, by_columns,
+                        packed->columns, there);
       }
     }
   }
