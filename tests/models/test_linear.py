@@ -17,34 +17,38 @@ SIZES = [
 ]
 
 
-@pytest.fixture(params=[1, 2, 3, 4, 9])
-def threads(request):
-    """Set how many there are: for the last number libraries multiply, not we."""
+# For the last number of threads libraries multiply, not we.
+THREADS = 1, 2, 3, 4, 9
+
+
+@pytest.fixture
+def set_threads():
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
+    yield torch.set_num_threads
     torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize('size', SIZES, ids=str)
 @pytest.mark.parametrize('turned', [False, True])
 @pytest.mark.parametrize('biased', [False, True])
-def test_of_any_size(size, turned, biased, threads):
+def test_of_any_size(size, turned, biased, set_threads):
     torch.manual_seed(0)
     rows, depth, columns = size
     x, bias = torch.randn(rows, depth), torch.randn(columns) if biased else None
     weight = torch.randn(depth, columns).t() if turned else torch.randn(columns, depth)
-    out = torch.full((rows, columns), torch.nan)
-    assert linear(x, weight, bias, out=out) is out
     expected = (x.double()[:, None] * weight.double()).sum(-1)
     expected += 0 if bias is None else bias.double()
-    torch.testing.assert_close(out, expected.float(), atol=1e-4, rtol=1e-4)
-    assert torch.equal(linear(x, weight, bias), out)
+    for threads in THREADS:
+        set_threads(threads)
+        out = torch.full((rows, columns), torch.nan)
+        assert linear(x, weight, bias, out=out) is out
+        torch.testing.assert_close(out, expected.float(), atol=1e-4, rtol=1e-4)
+        assert torch.equal(linear(x, weight, bias), out)
 
 
 @pytest.mark.parametrize('size', SIZES, ids=str)
 @pytest.mark.parametrize('strided', ['no', 'channels', 'rows', 'expanded'])
-def test_gradient_of_weights(size, strided, threads):
+def test_gradient_of_weights(size, strided, set_threads):
     torch.manual_seed(0)
     columns, rows, inputs = size
     left, right = torch.randn(rows, columns), torch.randn(rows, inputs)
@@ -55,22 +59,22 @@ def test_gradient_of_weights(size, strided, threads):
     elif strided == 'expanded':
         left = torch.randn(columns).expand(rows, columns)
     expected = (left.double()[..., None] * right.double()[:, None]).sum(0)
-    sums = add_product(None, left, right)
-    torch.testing.assert_close(sums, expected.float(), atol=1e-4, rtol=1e-4)
-    assert add_product(sums, left, right) is sums
-    torch.testing.assert_close(sums, 2 * expected.float(), atol=2e-4, rtol=1e-4)
+    for threads in THREADS:
+        set_threads(threads)
+        sums = add_product(None, left, right)
+        torch.testing.assert_close(sums, expected.float(), atol=1e-4, rtol=1e-4)
+        assert add_product(sums, left, right) is sums
+        torch.testing.assert_close(sums, 2 * expected.float(), atol=2e-4, rtol=1e-4)
 
 
-def test_does_not_depend_on_threads():
+def test_does_not_depend_on_threads(set_threads):
     if not kernels.fit_products(torch.ones(1)):
         pytest.skip('libraries multiply here')
     torch.manual_seed(0)
     x, weight, found = torch.randn(200, 500), torch.randn(90, 500), []
-    before = torch.get_num_threads()
-    for count in (1, 2, 3, 8):
-        torch.set_num_threads(count)
+    for threads in (1, 2, 3, 8):
+        set_threads(threads)
         found.append(linear(x, weight))
-    torch.set_num_threads(before)
     assert all(torch.equal(each, found[0]) for each in found)
 
 
