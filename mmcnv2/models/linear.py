@@ -30,7 +30,8 @@ def linear(
     if fit_products(x, weight):
         out = x.new_empty(*x.shape[:-1], len(weight)) if out is None else out
         bias = None if bias is None else bias.contiguous()
-        cpu.multiply(_rows(x), weight.t(), out.view(-1, len(weight)), bias)
+        # The view fails where ``out`` is not contiguous.
+        cpu.multiply(_rows(x), weight.t(), out.view(-1), bias)
         return out
     product = _linear(x, weight, bias)
     return product if out is None else out.copy_(product)

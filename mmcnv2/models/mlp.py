@@ -99,7 +99,7 @@ class _ExpandAndProject(torch.autograd.Function):
         gamma, beta = gamma.flatten(), beta.flatten().to(x.dtype)
         precise = torch.promote_types(x.dtype, torch.float32)
         norms, scales = x.new_empty(2, len(x), 1, len(weight1), dtype=precise)
-        out, kept = torch.empty_like(x), []
+        out, kept = x.new_empty(x.shape), []
         for pictures, parts in _groups(x, len(weight1)):
             hidden = [linear(x[part], weight1, bias1) for part in parts]
             kept += hidden if keep else []
@@ -120,7 +120,7 @@ class _ExpandAndProject(torch.autograd.Function):
             return *_differentiable_gradients(ctx, grad), None
         x, weight1, _, gamma, beta, weight2, _, norms, scales, *kept = ctx.saved_tensors
         shape, gamma, beta = gamma.shape, gamma.flatten(), beta.flatten().to(x.dtype)
-        grad_x, grad_bias2 = torch.empty_like(x), grad.sum((0, 1))
+        grad_x, grad_bias2 = x.new_empty(x.shape), grad.sum((0, 1))
         grad_bias1, grad_gamma = torch.zeros_like(gamma), torch.zeros_like(gamma)
         grad_weight1 = grad_weight2 = None
         _, of_weight1, *_, of_weight2, _, _ = ctx.needs_input_grad

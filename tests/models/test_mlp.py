@@ -77,6 +77,20 @@ def test_shapes_are_divided_as_they_are_meant_to_be():
     assert alone == [slice(0, 1), slice(1, 2)]
 
 
+@pytest.mark.parametrize('shape', [(1, 16, 5, 7), (3, 16, 5, 7), (2, 8, 120, 80)])
+def test_of_pictures_whose_channels_are_not_last_in_memory(shape):
+    torch.manual_seed(0)
+    made = layers(shape[1], 200, torch.float32)
+    x = torch.randn(shape).permute(0, 2, 3, 1).requires_grad_()
+    out, expected = mlp.expand_and_project(x, *made), plain(x, *made)
+    direction = torch.randn(shape).permute(0, 2, 3, 1)
+    grad, expected_grad = (
+        torch.autograd.grad(each, x, direction)[0] for each in (out, expected)
+    )
+    for found, other in ((out, expected), (grad, expected_grad)):
+        assert (found - other).abs().max() <= 1e-5 * other.abs().max()
+
+
 @pytest.mark.parametrize(('shape', 'hidden'), SHAPES, ids=str)
 def test_bfloat16_is_as_exact_as_one_after_the_other(shape, hidden):
     torch.manual_seed(0)

@@ -5,7 +5,7 @@
 #include "lanes.h"
 
 // Squares of S x S positions of channels, wherever they lie in memory. `_Tiles` in
-// __init__.py is the same.
+// cpu.py is the same.
 struct Tiles {
   int64_t side;           // S: 8, 4, 2 or 1
   const int32_t* near;    // (count, W, W): who lies around a tile, itself in the middle,

@@ -44,7 +44,7 @@ INLINE void store(BFloat16* to, Lanes x) {
   *reinterpret_cast<Halves*>(to) = __builtin_convertvector(halves, Halves);
 }
 
-// Raised, here and in __init__.py, whenever a function takes other arguments.
+// Raised, here and in cpu.py, whenever a function takes other arguments.
 constexpr int kInterface = 5;
 
 // Cut `count` into equal shares for threads.

@@ -272,7 +272,8 @@ void multiply_float32(const Matrix* left, const Matrix* right, const float* star
     const int64_t last =
         std::min(columns, share(wide, t % across + 1, across) * kColumns);
     const Size own{bottom - top, last - first, depth};
-    multiply_share(own, part(*left, top, 0), part(*right, 0, first), part(to, top, first));
+    multiply_share(own, part(*left, top, 0), part(*right, 0, first),
+                   part(to, top, first));
   }
 }
 }
