@@ -41,9 +41,13 @@ class BuildPyWithMim(build_py):
 KERNELS = Extension(
     'mmcnv2.models.kernels._compiled',
     sources=[
-        f'mmcnv2/models/kernels/{name}.cpp' for name in ('depthwise', 'gelu', 'product')
+        f'mmcnv2/models/kernels/{name}.cpp'
+        for name in ('depthwise', 'gelu', 'mlp', 'product')
     ],
-    depends=['mmcnv2/models/kernels/lanes.h', 'setup.py'],
+    depends=[
+        *(f'mmcnv2/models/kernels/{name}.h' for name in ('kernels', 'lanes')),
+        'setup.py',
+    ],
     extra_compile_args=[
         '-std=c++17',
         '-O3',

@@ -1,7 +1,7 @@
 """GELU and what a block does around it, by one kernel where there is one.
 
 All take contiguous features ``(N, P, C)``, and return sums over positions,
-``(N, 1, C)``, in 32 bits at least.
+``(N, 1, C)`` unless said otherwise, in 32 bits at least.
 """
 
 import torch
@@ -34,18 +34,19 @@ def gelu_squares(x: Tensor, in_place: bool = False) -> tuple[Tensor, Tensor]:
 
 
 def gelu_products(x: Tensor, grad: Tensor) -> Tensor:
-    """Sum the products of GELU and a gradient.
+    """Sum the products of GELU and a gradient, and the gradient.
 
     Args:
         x (Tensor): What enters GELU, ``(N, P, C)``.
         grad (Tensor): The gradient, of the same shape.
 
     Returns:
-        Tensor: The sums.
+        Tensor: Both sums, ``(N, 2, C)``.
     """
     if _fits(x, torch.float32):
-        return cpu.sum_gelu('gelu_products', x, grad)
-    return sum_of_products(functional.gelu(x), grad)
+        return cpu.sum_gelu('gelu_products', x, grad, sums=2)
+    products = sum_of_products(functional.gelu(x), grad)
+    return torch.cat([products, grad.sum(1, keepdim=True)], dim=1)
 
 
 def gelu_backward(

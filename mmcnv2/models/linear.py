@@ -37,23 +37,20 @@ def linear(
     return product if out is None else out.copy_(product)
 
 
-def add_product(sums: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+def add_product(sums: Tensor, left: Tensor, right: Tensor, begun: bool) -> None:
     """Add ``left.T @ right`` of all rows to what there is: a gradient of weights.
 
     Args:
-        sums (Tensor, optional): What there is, ``(C, D)``, contiguous.
+        sums (Tensor): What it is added to, ``(C, D)``, contiguous.
         left (Tensor): ``(..., C)``.
         right (Tensor): ``(..., D)``.
-
-    Returns:
-        Tensor: The sums, ``(C, D)``.
+        begun (bool): Whether there is anything yet, or ``sums`` are nothing but memory.
     """
     left, right = _rows(left).t(), _rows(right)
     if fit_products(left, right):
-        out = left.new_empty(len(left), right.shape[1]) if sums is None else sums
-        cpu.multiply(left, right, out, sums)
-        return out
-    return left @ right if sums is None else sums.addmm_(left, right)
+        cpu.multiply(left, right, sums, sums if begun else None)
+    else:
+        sums.addmm_(left, right, beta=int(begun))
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -2,14 +2,18 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from .gelu import gelu_backward, gelu_products, gelu_squares
-from .grn import GRN, normalise, scale_of, through_scale, total
+from .grn import EPS, GRN, normalise, scale_of, through_scale, total
+from .kernels import cpu, fit, fit_products
 from .linear import add_product, linear
 from .shortcuts import autocast, dtype_of, is_ordinary, is_plain, is_traced
 
@@ -96,21 +100,16 @@ class _ExpandAndProject(torch.autograd.Function):
     def forward(ctx, x, weight1, bias1, gamma, beta, weight2, bias2, keep) -> Tensor:
         keep = keep and any(ctx.needs_input_grad)
         inputs = x, weight1, bias1, gamma, beta, weight2, bias2
-        gamma, beta = gamma.flatten(), beta.flatten().to(x.dtype)
+        x, layers = _prepare(*inputs)
+        groups, parts = _divide(x, len(weight1))
+        at_once = _fits_at_once(parts, x, layers)
+        run = _forward_at_once if at_once else partial(_forward_by_parts, parts)
         precise = torch.promote_types(x.dtype, torch.float32)
         norms, scales = x.new_empty(2, len(x), 1, len(weight1), dtype=precise)
-        out, kept = x.new_empty(x.shape), []
-        for pictures, parts in _groups(x, len(weight1)):
-            hidden = [linear(x[part], weight1, bias1) for part in parts]
+        out, kept = torch.empty_like(x), []
+        for group in groups:
+            hidden = run(layers, keep, *(t[group] for t in (x, norms, scales, out)))
             kept += hidden if keep else []
-            pairs = [gelu_squares(h, in_place=not keep) for h in hidden]
-            active, squares = zip(*pairs, strict=True)
-            norm = norms[pictures] = total(squares).sqrt_()
-            scale = scales[pictures] = scale_of(gamma, norm)
-            scale = scale.to(x.dtype)
-            for part, a in zip(parts, active, strict=True):
-                torch.addcmul(beta, a, scale, out=a)
-                linear(a, weight2, bias2, out=out[part])
         ctx.save_for_backward(*inputs, norms, scales, *kept)
         return out
 
@@ -118,33 +117,143 @@ class _ExpandAndProject(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             return *_differentiable_gradients(ctx, grad), None
-        x, weight1, _, gamma, beta, weight2, _, norms, scales, *kept = ctx.saved_tensors
-        shape, gamma, beta = gamma.shape, gamma.flatten(), beta.flatten().to(x.dtype)
-        grad_x, grad_bias2 = x.new_empty(x.shape), grad.sum((0, 1))
-        grad_bias1, grad_gamma = torch.zeros_like(gamma), torch.zeros_like(gamma)
-        grad_weight1 = grad_weight2 = None
-        _, of_weight1, *_, of_weight2, _, _ = ctx.needs_input_grad
-        remaining = iter(kept)
-        for pictures, parts in _groups(x, len(weight1)):
-            hidden = list(islice(remaining, len(parts)))
-            grads = [linear(grad[part], weight2.t()) for part in parts]
-            products = total(map(gelu_products, hidden, grads))
-            of_gamma, slope = through_scale(products, gamma, norms[pictures])
-            grad_gamma += of_gamma
-            scale = scales[pictures]
-            for part, h, g in zip(parts, hidden, grads, strict=True):
-                a, sums = gelu_backward(h, scale, beta, slope, g)
-                grad_bias1 += sums.sum((0, 1))
-                linear(g, weight1.t(), out=grad_x[part])
-                if of_weight1:
-                    grad_weight1 = add_product(grad_weight1, g, x[part])
-                if of_weight2:
-                    grad_weight2 = add_product(grad_weight2, grad[part], a)
-        grad_beta = weight2.t() @ grad_bias2
+        *inputs, norms, scales = islice(saved := iter(ctx.saved_tensors), 9)
+        x, layers = _prepare(*inputs)
+        grad = grad.contiguous()
+        groups, parts = _divide(x, len(layers.weight1))
+        at_once = _fits_at_once(parts, x, layers)
+        run = _backward_at_once if at_once else partial(_backward_by_parts, parts)
+        grad_x, grads = torch.empty_like(x), _Gradients.of(layers, ctx.needs_input_grad)
+        for group in groups:
+            hidden = list(islice(saved, len(parts)))
+            tensors = (t[group] for t in (x, norms, scales, grad, grad_x))
+            run(layers, grads, hidden, *tensors)
+        gamma, beta = inputs[3:5]
         return (
-            *(grad_x, grad_weight1, grad_bias1, grad_gamma.view(shape)),
-            *(grad_beta.view(shape), grad_weight2, grad_bias2, None),
+            *(grad_x, grads.weight1, grads.bias1, grads.gamma.view_as(gamma)),
+            *(grads.beta.view_as(beta), grads.weight2, grad.sum((0, 1)), None),
         )
+
+
+class _Layers(NamedTuple):
+    weight1: Tensor
+    bias1: Tensor
+    gamma: Tensor
+    beta: Tensor
+    weight2: Tensor
+    bias2: Tensor
+
+
+@dataclass
+class _Gradients:
+    """Those of ``_Layers``, to which groups and parts are added one after the other."""
+
+    weight1: Tensor | None
+    bias1: Tensor
+    gamma: Tensor
+    beta: Tensor
+    weight2: Tensor | None
+    # Those of weights are large, and so nowhere zero before.
+    has_weights: bool = False
+
+    @classmethod
+    def of(cls, layers: _Layers, needed: Sequence[bool]) -> '_Gradients':
+        _, of_weight1, *_, of_weight2, _, _ = needed
+        return cls(
+            weight1=torch.empty_like(layers.weight1) if of_weight1 else None,
+            bias1=torch.zeros_like(layers.bias1),
+            gamma=torch.zeros_like(layers.gamma),
+            beta=torch.zeros_like(layers.beta),
+            weight2=torch.empty_like(layers.weight2) if of_weight2 else None,
+        )
+
+
+def _prepare(x: Tensor, *parameters: Tensor) -> tuple[Tensor, _Layers]:
+    """Take all in the order that kernels read, and GRN's as vectors."""
+    weight1, bias1, gamma, beta, weight2, bias2 = (p.contiguous() for p in parameters)
+    vectors = gamma.flatten(), beta.flatten().to(x.dtype)
+    return x.contiguous(), _Layers(weight1, bias1, *vectors, weight2, bias2)
+
+
+def _fits_at_once(parts: Sequence[slice], x: Tensor, layers: _Layers) -> bool:
+    """Tell whether kernels of our own run a group in one call."""
+    return len(parts) == 1 and fit(layers.gamma) and fit_products(x, *layers)
+
+
+def _forward_at_once(
+    layers: _Layers, keep: bool, x: Tensor, norms: Tensor, scales: Tensor, out: Tensor
+) -> list[Tensor]:
+    """Run a group, and return what enters GELU, which is lost unless it is kept."""
+    hidden = x.new_empty(*x.shape[:2], len(layers.weight1))
+    active = torch.empty_like(hidden) if keep else hidden
+    cpu.expand_and_project(layers, EPS, x, (hidden, active, norms, scales, out))
+    return [hidden]
+
+
+def _forward_by_parts(
+    parts: Sequence[slice],
+    layers: _Layers,
+    keep: bool,
+    x: Tensor,
+    norms: Tensor,
+    scales: Tensor,
+    out: Tensor,
+) -> list[Tensor]:
+    hidden = [linear(x[:, part], layers.weight1, layers.bias1) for part in parts]
+    pairs = [gelu_squares(h, in_place=not keep) for h in hidden]
+    active, squares = zip(*pairs, strict=True)
+    norms.copy_(total(squares).sqrt_())
+    scales.copy_(scale_of(layers.gamma, norms))
+    scale = scales.to(x.dtype)
+    for part, a in zip(parts, active, strict=True):
+        torch.addcmul(layers.beta, a, scale, out=a)
+        linear(a, layers.weight2, layers.bias2, out=out[:, part])
+    return hidden
+
+
+def _backward_at_once(
+    layers: _Layers,
+    grads: _Gradients,
+    hidden: Sequence[Tensor],
+    x: Tensor,
+    norms: Tensor,
+    scales: Tensor,
+    grad: Tensor,
+    grad_x: Tensor,
+) -> None:
+    (h,) = hidden
+    places = h, norms, scales, grad, torch.empty_like(h), torch.empty_like(h), grad_x
+    sums = grads.weight1, grads.bias1, grads.gamma, grads.beta, grads.weight2
+    cpu.expand_and_project_backward(layers, EPS, x, places, sums, grads.has_weights)
+    grads.has_weights = True
+
+
+def _backward_by_parts(
+    parts: Sequence[slice],
+    layers: _Layers,
+    grads: _Gradients,
+    hidden: Sequence[Tensor],
+    x: Tensor,
+    norms: Tensor,
+    scales: Tensor,
+    grad: Tensor,
+    grad_x: Tensor,
+) -> None:
+    weight1, _, gamma, beta, weight2, _ = layers
+    grad_hidden = [linear(grad[:, part], weight2.t()) for part in parts]
+    sums = total(map(gelu_products, hidden, grad_hidden))
+    of_gamma, slope = through_scale(sums[:, :1], gamma, norms)
+    grads.gamma += of_gamma
+    grads.beta += sums[:, 1].sum(0)
+    for part, h, g in zip(parts, hidden, grad_hidden, strict=True):
+        a, sums = gelu_backward(h, scales, beta, slope, g)
+        grads.bias1 += sums.sum((0, 1))
+        linear(g, weight1.t(), out=grad_x[:, part])
+        if grads.weight1 is not None:
+            add_product(grads.weight1, g, x[:, part], grads.has_weights)
+        if grads.weight2 is not None:
+            add_product(grads.weight2, grad[:, part], a, grads.has_weights)
+        grads.has_weights = True
 
 
 def _differentiable_gradients(ctx, grad: Tensor) -> Iterator[Tensor | None]:
@@ -165,18 +274,17 @@ def differentiate(
     return (next(grads) if needs else None for needs in needed)
 
 
-def _groups(x: Tensor, wide: int) -> Iterator[tuple[slice, list[tuple[slice, slice]]]]:
-    """Divide pictures into groups, and each group into parts.
+def _divide(x: Tensor, wide: int) -> tuple[list[slice], list[slice]]:
+    """Divide pictures into groups, and the positions of each group into parts.
 
     Several small pictures are one part; a large one is a group of several parts.
     """
     count, positions, _ = x.shape
-    within = list(_slices(positions, _PART // wide))
-    for pictures in _slices(count, _PART // (positions * wide)):
-        yield pictures, [(pictures, part) for part in within]
+    groups = _slices(count, _PART // (positions * wide))
+    return groups, _slices(positions, _PART // wide)
 
 
-def _slices(count: int, size: int) -> Iterator[slice]:
+def _slices(count: int, size: int) -> list[slice]:
     """Cut into equal slices of ``size`` at most, of which the last may be shorter."""
     size = math.ceil(count / math.ceil(count / max(size, 1)))
-    return (slice(i, min(i + size, count)) for i in range(0, count, size))
+    return [slice(i, min(i + size, count)) for i in range(0, count, size)]

@@ -61,9 +61,10 @@ def test_gradient_of_weights(size, strided, set_threads):
     expected = (left.double()[..., None] * right.double()[:, None]).sum(0)
     for threads in THREADS:
         set_threads(threads)
-        sums = add_product(None, left, right)
+        sums = torch.full((columns, inputs), torch.nan)
+        add_product(sums, left, right, begun=False)
         torch.testing.assert_close(sums, expected.float(), atol=1e-4, rtol=1e-4)
-        assert add_product(sums, left, right) is sums
+        add_product(sums, left, right, begun=True)
         torch.testing.assert_close(sums, 2 * expected.float(), atol=2e-4, rtol=1e-4)
 
 

@@ -5,10 +5,11 @@ data, so that they fit any version of PyTorch.
 """
 
 import warnings
-from collections.abc import Callable
-from ctypes import CDLL, Structure, byref, c_int, c_int64, c_void_p
+from collections.abc import Sequence
+from ctypes import CDLL, Structure, byref, c_double, c_int, c_int64, c_void_p
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +18,7 @@ from ..tiles import Tiles
 
 LANES = 8  # channels that are computed at a time
 
-_INTERFACE = 5  # of lanes.h
-_CHUNK = 64  # positions of a picture that are summed in one go
+_INTERFACE = 6  # of kernels.h
 _GROUP = 2048  # positions whose gradients of a depthwise kernel are
 
 
@@ -60,9 +60,27 @@ class _Tiles(Structure):
 
 
 class _Matrix(Structure):
-    """``Matrix`` of product.cpp."""
+    """``Matrix`` of kernels.h."""
 
     _fields_ = (('at', c_void_p), ('row', c_int64), ('column', c_int64))
+
+
+class _Layers(Structure):
+    """``Layers`` of kernels.h."""
+
+    _fields_ = (
+        *(('channels', c_int64), ('wide', c_int64), ('eps', c_double)),
+        *((name, c_void_p) for name in ('weight1', 'bias1', 'gamma', 'beta')),
+        *(('weight2', c_void_p), ('bias2', c_void_p)),
+    )
+
+
+class _Gradients(Structure):
+    """``Gradients`` of kernels.h."""
+
+    _fields_ = tuple(
+        (name, c_void_p) for name in ('weight1', 'bias1', 'gamma', 'beta', 'weight2')
+    )
 
 
 def is_loaded() -> bool:
@@ -76,7 +94,7 @@ def convolve(
     taps = (taps.flip(0) if turned else taps).float().contiguous()
     bias = None if bias is None else bias.float().contiguous()
     out = torch.empty_like(x)
-    _run('convolve', _describe(tiles, x), x, taps, bias, out)
+    _run('convolve', x.dtype, _describe(tiles, x), x, taps, bias, out)
     return out
 
 
@@ -84,7 +102,7 @@ def sum_gradients(x: Tensor, grad: Tensor, tiles: Tiles | None) -> Tensor:
     described = _describe(tiles, x)
     groups = -(-described.count // described.group)
     sums = x.new_zeros(groups, 50, x.shape[-1], dtype=torch.float32)
-    _run('sum_gradients', described, x, grad, sums)
+    _run('sum_gradients', x.dtype, described, x, grad, sums)
     return sums.sum(0)
 
 
@@ -101,36 +119,60 @@ def _describe(tiles: Tiles | None, x: Tensor) -> _Tiles:
     )
 
 
-def _run(name: str, tiles: _Tiles, x: Tensor, *tensors: Tensor | None) -> None:
-    """Call a function of depthwise.cpp for the dtype of ``x``."""
-    threads = c_int(torch.get_num_threads())
-    _kernel(name, x)(byref(tiles), *map(_address, (x, *tensors)), threads)
-
-
-def _kernel(name: str, x: Tensor) -> Callable:
-    dtype = str(x.dtype).removeprefix('torch.')
-    return getattr(_LIBRARY, f'{name}_{dtype}')
-
-
-def sum_gelu(name: str, x: Tensor, *tensors: Tensor | None) -> Tensor:
-    chunks = -(-x.shape[1] // _CHUNK)
-    sums = x.new_zeros(len(x), chunks, x.shape[-1], dtype=torch.float32)
-    addresses = map(_address, (x, *tensors, sums))
-    threads = c_int(torch.get_num_threads())
-    sizes = map(c_int64, (*x.shape, _CHUNK))
-    _kernel(name, x)(*sizes, *addresses, threads)
-    return sums.sum(1, keepdim=True)
+def sum_gelu(name: str, x: Tensor, *tensors: Tensor, sums: int = 1) -> Tensor:
+    """Call a function of gelu.cpp, which returns so many sums for each channel."""
+    out = x.new_empty(len(x), sums, x.shape[-1], dtype=torch.float32)
+    _run(name, x.dtype, *x.shape, x, *tensors, out)
+    return out
 
 
 def multiply(left: Tensor, right: Tensor, out: Tensor, start: Tensor | None) -> None:
     """Write ``left @ right + start`` to ``out``, which is contiguous."""
     depth, columns = right.shape
     line = 0 if start is None or start.dim() == 1 else start.stride(0)
-    matrices = (_Matrix(each.data_ptr(), *each.stride()) for each in (left, right))
-    sizes = map(c_int64, (len(left), columns, depth))
-    threads = c_int(torch.get_num_threads())
-    places = _address(start), c_int64(line), _address(out)
-    _LIBRARY.multiply_float32(*map(byref, matrices), *places, *sizes, threads)
+    left_at, right_at = (_Matrix(x.data_ptr(), *x.stride()) for x in (left, right))
+    sizes = len(left), columns, depth
+    _run('multiply', out.dtype, left_at, right_at, start, line, out, *sizes)
+
+
+def expand_and_project(
+    layers: Sequence[Tensor], eps: float, x: Tensor, places: Sequence[Tensor]
+) -> None:
+    described = _describe_layers(layers, eps)
+    _run('expand_and_project', x.dtype, described, *x.shape[:2], x, *places)
+
+
+def expand_and_project_backward(
+    layers: Sequence[Tensor],
+    eps: float,
+    x: Tensor,
+    places: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    has_weights: bool,
+) -> None:
+    described = _describe_layers(layers, eps)
+    sums = _Gradients(*map(_address, grads))
+    arguments = *x.shape[:2], x, *places, sums, has_weights
+    _run('expand_and_project_backward', x.dtype, described, *arguments)
+
+
+def _describe_layers(layers: Sequence[Tensor], eps: float) -> _Layers:
+    wide, channels = layers[0].shape
+    return _Layers(channels, wide, eps, *map(_address, layers))
+
+
+def _run(name: str, dtype: torch.dtype, *arguments: Any) -> None:
+    """Call a function of the library for a dtype."""
+    function = getattr(_LIBRARY, f'{name}_{str(dtype).removeprefix("torch.")}')
+    function(*map(_convert, arguments), c_int(torch.get_num_threads()))
+
+
+def _convert(argument: Any) -> Any:
+    if isinstance(argument, int):
+        return c_int64(argument)
+    if isinstance(argument, Structure):
+        return argument if isinstance(argument, _Matrix) else byref(argument)
+    return _address(argument)
 
 
 def _address(tensor: Tensor | None) -> c_void_p | None:

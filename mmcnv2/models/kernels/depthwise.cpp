@@ -2,6 +2,7 @@
 // of a masked picture, or all of an ordinary one.
 #include <algorithm>
 
+#include "kernels.h"
 #include "lanes.h"
 
 // Squares of S x S positions of channels, wherever they lie in memory. `_Tiles` in

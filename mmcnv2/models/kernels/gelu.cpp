@@ -1,14 +1,21 @@
 // GELU and what a block does around it, in one pass over the widest features.
 #include <algorithm>
+#include <memory>
 
+#include "kernels.h"
 #include "lanes.h"
 
 namespace {
 
-// Of features: channels are a multiple of 8. So many positions of a picture at most as
-// `chunk` are summed, so that small numbers are not added to large ones.
+// So many positions of a picture are summed in one go, so that small numbers are not
+// added to large ones.
+constexpr int64_t kChunk = 64;
+
+// Of features: channels are a multiple of 8.
 struct Shape {
-  int64_t pictures, positions, channels, chunk;
+  int64_t pictures, positions, channels;
+
+  INLINE int64_t chunks() const { return (positions + kChunk - 1) / kChunk; }
 };
 
 INLINE Lanes all(float x) { return Lanes{} + x; }
@@ -48,23 +55,53 @@ INLINE Lanes below(Lanes x) {
   return x > -5.4f ? z * above / under + 0.5f : Lanes{};
 }
 
+// Several sums at a place of features.
+template <int K>
+struct Values {
+  Lanes at[K];
+};
+
 // Calls `each(place, place in (pictures, channels), channel)` for a thread's share of
-// the chunks, row after row, as a CPU expects to read, and adds what it returns to the
-// sums of each.
-template <typename Each>
+// the chunks, row after row, as a CPU expects to read, and sums what it returns.
+template <int K, typename Each>
 INLINE void for_chunks(Shape shape, int thread, int threads, float* sums, Each each) {
-  const int64_t chunks = (shape.positions + shape.chunk - 1) / shape.chunk;
-  const int64_t count = shape.pictures * chunks;
+  const int64_t chunks = shape.chunks(), count = shape.pictures * chunks;
   const int64_t end = share(count, thread + 1, threads);
   for (int64_t i = share(count, thread, threads); i < end; ++i) {
-    const int64_t picture = i / chunks, first = i % chunks * shape.chunk;
-    const int64_t last = std::min(shape.positions, first + shape.chunk);
+    const int64_t picture = i / chunks, first = i % chunks * kChunk;
+    const int64_t last = std::min(shape.positions, first + kChunk);
     const int64_t own = picture * shape.channels;
-    float* sum = sums + i * shape.channels;
+    float* sum = sums + i * K * shape.channels;
+    std::fill_n(sum, K * shape.channels, 0.0f);
     for (int64_t p = first; p < last; ++p) {
       const int64_t line = (picture * shape.positions + p) * shape.channels;
       for (int64_t c = 0; c < shape.channels; c += kLanes) {
-        store(sum + c, load(sum + c) + each(line + c, own + c, c));
+        const Values<K> values = each(line + c, own + c, c);
+        UNROLL for (int k = 0; k < K; ++k) {
+          float* to = sum + k * shape.channels + c;
+          store(to, load(to) + values.at[k]);
+        }
+      }
+    }
+  }
+}
+
+// Lets each thread `run(thread, sums of its chunks)`, and sums those of each picture.
+template <int K, typename Run>
+void sum_chunks(Shape shape, float* sums, int threads, Run run) {
+  const int64_t chunks = shape.chunks(), line = K * shape.channels;
+  const std::unique_ptr<float[]> partial(new float[shape.pictures * chunks * line]);
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static)
+    for (int k = 0; k < threads; ++k) run(k, partial.get());
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < shape.pictures; ++n) {
+      float* sum = sums + n * line;
+      std::fill_n(sum, line, 0.0f);
+      for (int64_t i = n * chunks; i < (n + 1) * chunks; ++i) {
+        const float* from = partial.get() + i * line;
+        for (int64_t c = 0; c < line; ++c) sum[c] += from[c];
       }
     }
   }
@@ -76,9 +113,9 @@ INLINE void share_of_squares(Shape shape, const T* x, T* out, float* sums, int t
   const auto each = [=](int64_t place, int64_t, int64_t) ALWAYS_INLINE {
     const Lanes value = load(x + place), active = value * below(value);
     store(out + place, active);
-    return active * load(out + place);
+    return Values<1>{active * load(out + place)};
   };
-  for_chunks(shape, thread, threads, sums, each);
+  for_chunks<1>(shape, thread, threads, sums, each);
 }
 
 // Templates cannot be compiled for several CPUs, so each dtype has a function.
@@ -93,17 +130,18 @@ FOR_EACH_CPU void run_squares(Shape shape, const BFloat16* x, BFloat16* out,
 
 template <typename T>
 void squares(Shape shape, const T* x, T* out, float* sums, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int k = 0; k < threads; ++k) run_squares(shape, x, out, sums, k, threads);
+  sum_chunks<1>(shape, sums, threads, [=](int thread, float* partial) {
+    run_squares(shape, x, out, partial, thread, threads);
+  });
 }
 
 FOR_EACH_CPU void run_products(Shape shape, const float* x, const float* grad,
                                float* sums, int thread, int threads) {
   const auto each = [=](int64_t place, int64_t, int64_t) ALWAYS_INLINE {
-    const Lanes value = load(x + place);
-    return value * below(value) * load(grad + place);
+    const Lanes value = load(x + place), slope = load(grad + place);
+    return Values<2>{value * below(value) * slope, slope};
   };
-  for_chunks(shape, thread, threads, sums, each);
+  for_chunks<2>(shape, thread, threads, sums, each);
 }
 
 FOR_EACH_CPU void run_backward(Shape shape, const float* x, const float* scale,
@@ -117,51 +155,42 @@ FOR_EACH_CPU void run_backward(Shape shape, const float* x, const float* scale,
     const Lanes before = after * (fraction + value * density);
     store(grad + place, before);
     store(out + place, active * factor + load(shift + channel));
-    return before;
+    return Values<1>{before};
   };
-  for_chunks(shape, thread, threads, sums, each);
+  for_chunks<1>(shape, thread, threads, sums, each);
 }
 
 }  // namespace
 
-// Sums are (pictures, chunks, channels), zero before. They do not depend on the number
-// of threads.
+// Sums do not depend on the number of threads.
 extern "C" {
 
-// out = gelu(x), which may be x itself, and the sums of its squares.
 void gelu_squares_float32(int64_t pictures, int64_t positions, int64_t channels,
-                          int64_t chunk, const float* x, float* out, float* sums,
-                          int threads) {
-  squares({pictures, positions, channels, chunk}, x, out, sums, threads);
+                          const float* x, float* out, float* sums, int threads) {
+  squares({pictures, positions, channels}, x, out, sums, threads);
 }
 
 void gelu_squares_bfloat16(int64_t pictures, int64_t positions, int64_t channels,
-                           int64_t chunk, const BFloat16* x, BFloat16* out,
-                           float* sums, int threads) {
-  squares({pictures, positions, channels, chunk}, x, out, sums, threads);
+                           const BFloat16* x, BFloat16* out, float* sums, int threads) {
+  squares({pictures, positions, channels}, x, out, sums, threads);
 }
 
-// The sums of the products of gelu(x) and `grad`.
 void gelu_products_float32(int64_t pictures, int64_t positions, int64_t channels,
-                           int64_t chunk, const float* x, const float* grad,
-                           float* sums, int threads) {
-  const Shape shape{pictures, positions, channels, chunk};
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int k = 0; k < threads; ++k) run_products(shape, x, grad, sums, k, threads);
+                           const float* x, const float* grad, float* sums,
+                           int threads) {
+  const Shape shape{pictures, positions, channels};
+  sum_chunks<2>(shape, sums, threads, [=](int thread, float* partial) {
+    run_products(shape, x, grad, partial, thread, threads);
+  });
 }
 
-// out = gelu(x) * scale + shift, and the way back through it, where each position adds
-// `gelu(x) * slope` to its gradient through the scale. `grad` becomes that of x, and the
-// sums are those of it. `scale` and `slope` are (pictures, channels), `shift` is
-// (channels).
 void gelu_backward_float32(int64_t pictures, int64_t positions, int64_t channels,
-                           int64_t chunk, const float* x, const float* scale,
-                           const float* shift, const float* slope, float* grad,
-                           float* out, float* sums, int threads) {
-  const Shape shape{pictures, positions, channels, chunk};
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int k = 0; k < threads; ++k) {
-    run_backward(shape, x, scale, shift, slope, grad, out, sums, k, threads);
-  }
+                           const float* x, const float* scale, const float* shift,
+                           const float* slope, float* grad, float* out, float* sums,
+                           int threads) {
+  const Shape shape{pictures, positions, channels};
+  sum_chunks<1>(shape, sums, threads, [=](int thread, float* partial) {
+    run_backward(shape, x, scale, shift, slope, grad, out, partial, thread, threads);
+  });
 }
 }

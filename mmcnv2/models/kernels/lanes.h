@@ -44,9 +44,6 @@ INLINE void store(BFloat16* to, Lanes x) {
   *reinterpret_cast<Halves*>(to) = __builtin_convertvector(halves, Halves);
 }
 
-// Raised, here and in cpu.py, whenever a function takes other arguments.
-constexpr int kInterface = 5;
-
 // Cut `count` into equal shares for threads.
 inline int64_t share(int64_t count, int thread, int threads) {
   return count * thread / threads;

@@ -4,15 +4,10 @@
 #include <cstring>
 #include <memory>
 
+#include "kernels.h"
 #include "lanes.h"
 
 #define AVX2 __attribute__((target("avx2,fma")))
-
-// Numbers at any two strides. `_Matrix` in cpu.py is the same.
-struct Matrix {
-  const float* at;
-  int64_t row, column;
-};
 
 namespace {
 
@@ -255,11 +250,9 @@ int threads_of_rows(Size size, int threads) {
 
 extern "C" {
 
-// out = left right + start: `start` has lines that are `start_line` apart, may be `out`
-// itself, and is null for zeros. Each number depends on no other but its row and column.
-void multiply_float32(const Matrix* left, const Matrix* right, const float* start,
-                      int64_t start_line, float* out, int64_t rows, int64_t columns,
-                      int64_t depth, int threads) {
+void multiply_float32(Matrix left, Matrix right, const float* start, int64_t start_line,
+                      float* out, int64_t rows, int64_t columns, int64_t depth,
+                      int threads) {
   const Size size{rows, columns, depth};
   const Target to{out, columns, start, start_line};
   const int down = threads_of_rows(size, threads), across = threads / down;
@@ -272,7 +265,7 @@ void multiply_float32(const Matrix* left, const Matrix* right, const float* star
     const int64_t last =
         std::min(columns, share(wide, t % across + 1, across) * kColumns);
     const Size own{bottom - top, last - first, depth};
-    multiply_share(own, part(*left, top, 0), part(*right, 0, first),
+    multiply_share(own, part(left, top, 0), part(right, 0, first),
                    part(to, top, first));
   }
 }
