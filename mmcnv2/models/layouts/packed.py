@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..depthwise import convolve_tiles, is_depthwise, is_quicker_by_tiles
+from ..linear import differentiable_linear
 from ..shortcuts import autocast, is_plain, is_traced
 from ..tiles import Tiles
 
@@ -39,9 +40,8 @@ class PackedLayout:
     def stem(self, conv: nn.Conv2d, image: Tensor) -> Tensor:
         _, h, w = self.visible.shape
         patches = image.unflatten(3, (w, -1)).unflatten(2, (h, -1))
-        # (N * patches, C, patch size, patch size)
-        visible = patches.permute(0, 2, 4, 1, 3, 5)[self._places()]
-        return self._tokens(conv(visible))
+        visible = patches.permute(0, 2, 4, 3, 5, 1)[self._places()]
+        return self._convolve(conv, visible)
 
     def depthwise(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
         if is_quicker_by_tiles(conv, x):
@@ -51,15 +51,19 @@ class PackedLayout:
         return _ConvolveInPictures.apply(*autocast(x, conv), self)
 
     def downsample(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
-        """Convolve squares that do not overlap: a product of matrices."""
         side = self._side(x)
+        return self._convolve(conv, x.reshape(-1, side, side, x.shape[-1]))
+
+    def _convolve(self, conv: nn.Conv2d, tiles: Tensor) -> Tensor:
+        """Take tiles ``(N * patches, side, side, C)``, each by itself."""
         if not _merges_squares(conv):
-            tiles = x.reshape(-1, side, side, x.shape[-1]).permute(0, 3, 1, 2)
-            return self._tokens(conv(tiles))
-        tiles = x.reshape(-1, side // 2, 2, side // 2, 2, x.shape[-1])
-        squares = tiles.transpose(2, 3).reshape(len(x), -1, 4 * x.shape[-1])
+            return self._tokens(conv(tiles.permute(0, 3, 1, 2)))
+        # A product of matrices.
+        height, width = conv.kernel_size
+        squares = tiles.unflatten(2, (-1, width)).unflatten(1, (-1, height))
         weight = conv.weight.permute(0, 2, 3, 1).flatten(1)
-        return functional.linear(squares, weight, conv.bias)
+        tokens = squares.transpose(2, 3).reshape(len(self.visible), -1, weight.shape[1])
+        return differentiable_linear(tokens, weight, conv.bias)
 
     def output(self, x: Tensor) -> Tensor:
         """Return ``(N, T, C)``."""
@@ -134,11 +138,11 @@ def find_visible(mask: Tensor, num_visible: int) -> Tensor:
 
 
 def _merges_squares(conv: nn.Module) -> bool:
-    """Tell whether a convolution is one of 2 x 2 positions that do not overlap."""
+    """Tell whether a convolution is one of squares that do not overlap."""
     if not is_plain(conv, nn.Conv2d):
         return False
-    geometry = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
-    return geometry == ((2, 2), (2, 2), (0, 0), (1, 1), 1)
+    geometry = conv.stride, conv.padding, conv.dilation, conv.groups
+    return geometry == (conv.kernel_size, (0, 0), (1, 1), 1)
 
 
 class _ConvolveInPictures(torch.autograd.Function):
