@@ -285,7 +285,9 @@ def test_gradients_may_be_asked_for_twice_and_out_of_turn():
             torch.testing.assert_close(grad(outs, retain_graph=True), other)
 
 
-@pytest.mark.parametrize('name', ['downsample_layers.1.1', 'stages.1.0.dwconv'])
+@pytest.mark.parametrize(
+    'name', ['downsample_layers.0.0', 'downsample_layers.1.1', 'stages.1.0.dwconv']
+)
 def test_convolutions_may_be_observed(name):
     model, image = encoder(CUSTOM, torch.float32), torch.randn(2, 3, 96, 64)
     mask, seen = random_mask(2, 3, 2, 0.5), []
@@ -294,7 +296,7 @@ def test_convolutions_may_be_observed(name):
     conv.register_forward_hook(lambda module, args, out: seen.append(out))
     for out, other in zip(model(image, mask), expected, strict=True):
         torch.testing.assert_close(out, other)
-    assert seen[0].shape[1] == CUSTOM['dims'][1]
+    assert seen[0].shape[1] == len(conv.weight)
 
 
 class Halved(torch.nn.Conv2d):

@@ -94,7 +94,7 @@ def convolve(
     taps = (taps.flip(0) if turned else taps).float().contiguous()
     bias = None if bias is None else bias.float().contiguous()
     out = torch.empty_like(x)
-    _run('convolve', x.dtype, _describe(tiles, x), x, taps, bias, out)
+    _run('convolve', x.dtype, byref(_describe(tiles, x)), x, taps, bias, out)
     return out
 
 
@@ -102,7 +102,7 @@ def sum_gradients(x: Tensor, grad: Tensor, tiles: Tiles | None) -> Tensor:
     described = _describe(tiles, x)
     groups = -(-described.count // described.group)
     sums = x.new_zeros(groups, 50, x.shape[-1], dtype=torch.float32)
-    _run('sum_gradients', x.dtype, described, x, grad, sums)
+    _run('sum_gradients', x.dtype, byref(described), x, grad, sums)
     return sums.sum(0)
 
 
@@ -138,7 +138,7 @@ def multiply(left: Tensor, right: Tensor, out: Tensor, start: Tensor | None) -> 
 def expand_and_project(
     layers: Sequence[Tensor], eps: float, x: Tensor, places: Sequence[Tensor]
 ) -> None:
-    described = _describe_layers(layers, eps)
+    described = byref(_describe_layers(layers, eps))
     _run('expand_and_project', x.dtype, described, *x.shape[:2], x, *places)
 
 
@@ -150,15 +150,15 @@ def expand_and_project_backward(
     grads: Sequence[Tensor | None],
     has_weights: bool,
 ) -> None:
-    described = _describe_layers(layers, eps)
-    sums = _Gradients(*map(_address, grads))
+    described = byref(_describe_layers(layers, eps))
+    sums = byref(_Gradients(*map(_convert, grads)))
     arguments = *x.shape[:2], x, *places, sums, has_weights
     _run('expand_and_project_backward', x.dtype, described, *arguments)
 
 
 def _describe_layers(layers: Sequence[Tensor], eps: float) -> _Layers:
     wide, channels = layers[0].shape
-    return _Layers(channels, wide, eps, *map(_address, layers))
+    return _Layers(channels, wide, eps, *map(_convert, layers))
 
 
 def _run(name: str, dtype: torch.dtype, *arguments: Any) -> None:
@@ -168,12 +168,7 @@ def _run(name: str, dtype: torch.dtype, *arguments: Any) -> None:
 
 
 def _convert(argument: Any) -> Any:
-    if isinstance(argument, int):
-        return c_int64(argument)
-    if isinstance(argument, Structure):
-        return argument if isinstance(argument, _Matrix) else byref(argument)
-    return _address(argument)
-
-
-def _address(tensor: Tensor | None) -> c_void_p | None:
-    return None if tensor is None else c_void_p(tensor.data_ptr())
+    """Take tensors by the address of their data."""
+    if isinstance(argument, Tensor):
+        return c_void_p(argument.data_ptr())
+    return c_int64(argument) if isinstance(argument, int) else argument
