@@ -9,6 +9,8 @@ from ..linear import differentiable_linear
 from ..shortcuts import autocast, is_plain, is_traced
 from ..tiles import Tiles
 
+_PATCH = 32  # pixels along the side of a patch, the stride of the last stage
+
 
 class PackedLayout:
     """Run on the visible patches of masked pictures: positions are ``T``, packed.
@@ -41,7 +43,7 @@ class PackedLayout:
         _, h, w = self.visible.shape
         patches = image.unflatten(3, (w, -1)).unflatten(2, (h, -1))
         visible = patches.permute(0, 2, 4, 3, 5, 1)[self._places()]
-        return self._convolve(conv, visible)
+        return self._convolve(conv, visible, _PATCH)
 
     def depthwise(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
         if is_quicker_by_tiles(conv, x):
@@ -51,19 +53,20 @@ class PackedLayout:
         return _ConvolveInPictures.apply(*autocast(x, conv), self)
 
     def downsample(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
-        side = self._side(x)
-        return self._convolve(conv, x.reshape(-1, side, side, x.shape[-1]))
+        return self._convolve(conv, x, self._side(x))
 
-    def _convolve(self, conv: nn.Conv2d, tiles: Tensor) -> Tensor:
-        """Take tiles ``(N * patches, side, side, C)``, each by itself."""
+    def _convolve(self, conv: nn.Conv2d, x: Tensor, side: int) -> Tensor:
+        """Convolve tiles of so many positions along each side, each by itself."""
+        channels = x.shape[-1]
         if not _merges_squares(conv):
-            return self._tokens(conv(tiles.permute(0, 3, 1, 2)))
+            tiles = x.reshape(-1, side, side, channels).permute(0, 3, 1, 2)
+            return self._tokens(conv(tiles))
         # A product of matrices.
         height, width = conv.kernel_size
-        squares = tiles.unflatten(2, (-1, width)).unflatten(1, (-1, height))
+        squares = x.reshape(-1, side // height, height, side // width, width, channels)
         weight = conv.weight.permute(0, 2, 3, 1).flatten(1)
-        tokens = squares.transpose(2, 3).reshape(len(self.visible), -1, weight.shape[1])
-        return differentiable_linear(tokens, weight, conv.bias)
+        rows = squares.transpose(2, 3).reshape(len(self.visible), -1, weight.shape[1])
+        return differentiable_linear(rows, weight, conv.bias)
 
     def output(self, x: Tensor) -> Tensor:
         """Return ``(N, T, C)``."""
