@@ -42,8 +42,11 @@ def layers(dim, hidden, dtype):
     return [layer.to(dtype) for layer in made]
 
 
-@pytest.mark.parametrize('dtype', [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize('few_threads', [0, 8])
+@pytest.mark.parametrize(
+    ('dtype', 'few_threads'),
+    [(torch.float64, 8), (torch.float32, 8), (torch.float32, 0)],
+    ids=str,
+)
 @pytest.mark.parametrize(('shape', 'hidden'), SHAPES, ids=str)
 def test_is_one_after_the_other(shape, hidden, dtype, few_threads, monkeypatch):
     # With more than a few, libraries multiply, between kernels of our own.

@@ -267,7 +267,7 @@ void for_share(int64_t items, int64_t channels, int thread, int threads, Each ea
 template <typename T>
 void sum_gradients(const Tiles& tiles, const T* x, const T* grad, float* out,
                    int threads) {
-  const int64_t groups = (tiles.count + tiles.group - 1) / tiles.group;
+  const int64_t groups = pieces(tiles.count, tiles.group);
   const auto of_group = [=, &tiles](int64_t group, int64_t first, int64_t last) {
     const int64_t begin = group * tiles.group;
     const Part part{begin, std::min(tiles.count, begin + tiles.group), first, last};

@@ -15,7 +15,7 @@ constexpr int64_t kChunk = 64;
 struct Shape {
   int64_t pictures, positions, channels;
 
-  INLINE int64_t chunks() const { return (positions + kChunk - 1) / kChunk; }
+  int64_t chunks() const { return pieces(positions, kChunk); }
 };
 
 INLINE Lanes all(float x) { return Lanes{} + x; }

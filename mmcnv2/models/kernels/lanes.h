@@ -44,6 +44,9 @@ INLINE void store(BFloat16* to, Lanes x) {
   *reinterpret_cast<Halves*>(to) = __builtin_convertvector(halves, Halves);
 }
 
+// Of at most `size`.
+inline int64_t pieces(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
 // Cut `count` into equal shares for threads.
 inline int64_t share(int64_t count, int thread, int threads) {
   return count * thread / threads;

@@ -45,8 +45,6 @@ INLINE Target part(Target to, int64_t row, int64_t column) {
 
 INLINE Matrix turned(Matrix from) { return {from.at, from.column, from.row}; }
 
-inline int64_t pieces(int64_t count, int64_t size) { return (count + size - 1) / size; }
-
 inline int64_t rounded_up(int64_t count, int64_t unit) {
   return pieces(count, unit) * unit;
 }
