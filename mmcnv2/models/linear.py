@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .kernels import cpu, fit_products
-from .shortcuts import dtype_of, has_onednn
+from .shortcuts import has_onednn
 
 # What torch.compile calls for linear layers on CPUs. PyTorch itself calls BLAS, which
 # is slower for shapes as tall as ours, and adds to a bias that is written out before.
@@ -51,47 +51,6 @@ def add_product(sums: Tensor, left: Tensor, right: Tensor, begun: bool) -> None:
         cpu.multiply(left, right, sums, sums if begun else None)
     else:
         sums.addmm_(left, right, beta=int(begun))
-
-
-def differentiable_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute the same as ``torch.nn.functional.linear``, where it is quicker as well.
-
-    Args:
-        x (Tensor): ``(..., C)``.
-        weight (Tensor): ``(D, C)``.
-        bias (Tensor, optional): ``(D,)``.
-
-    Returns:
-        Tensor: ``(..., D)``, in the dtype of ``x``, or in autocast's.
-    """
-    if dtype_of(x) == x.dtype and fit_products(x, weight):
-        return _Linear.apply(x, weight, bias)
-    return functional.linear(x, weight, bias)
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        of_x, of_weight, of_bias = ctx.needs_input_grad
-        grad_x = differentiable_linear(grad, weight.t(), None) if of_x else None
-        grad_weight = _product(grad, x) if of_weight else None
-        return grad_x, grad_weight, _rows(grad).sum(0) if of_bias else None
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """Compute ``left.T @ right`` of all rows."""
-    # To be differentiated itself.
-    if torch.is_grad_enabled():
-        return _rows(left).t() @ _rows(right)
-    out = left.new_empty(left.shape[-1], right.shape[-1])
-    add_product(out, left, right, begun=False)
-    return out
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

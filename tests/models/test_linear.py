@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from mmcnv2.models import kernels
-from mmcnv2.models.linear import add_product, differentiable_linear, linear
+from mmcnv2.models.linear import add_product, linear
 
 # Rows, depth and columns of products: less than a tile of the kernel, odd ones, a tile
 # and one more, more than any of its blocks.
@@ -66,50 +66,6 @@ def test_gradient_of_weights(size, strided, set_threads):
         torch.testing.assert_close(sums, expected.float(), atol=1e-4, rtol=1e-4)
         add_product(sums, left, right, begun=True)
         torch.testing.assert_close(sums, 2 * expected.float(), atol=2e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize('shape', [(3, 5, 7, 24), (1, 24), (2, 400, 24)], ids=str)
-@pytest.mark.parametrize('biased', [False, True])
-def test_derivatives(shape, biased):
-    torch.manual_seed(0)
-    inputs = torch.randn(shape), torch.randn(40, 24), torch.randn(40)
-    inputs = [each.requires_grad_() for each in inputs[: 3 if biased else 2]]
-    direction = torch.randn(*shape[:-1], 40)
-
-    def derive(function, dtype):
-        each = [tensor.to(dtype) for tensor in inputs]
-        out = function(*each, None) if len(each) == 2 else function(*each)
-        first = torch.autograd.grad(out, inputs, direction.to(dtype), retain_graph=True)
-        squares = out.square().sum()
-        grads = torch.autograd.grad(squares, inputs, create_graph=True)
-        squares = sum(grad.square().sum() for grad in grads)
-        return out, *first, *torch.autograd.grad(squares, inputs)
-
-    expected = derive(torch.nn.functional.linear, torch.float64)
-    found = derive(differentiable_linear, torch.float32)
-    for one, another in zip(found, expected, strict=True):
-        assert (one - another).abs().max() <= 1e-5 * another.abs().max()
-
-
-@pytest.mark.parametrize('frozen', [0, 1, 2])
-def test_only_gradients_that_are_wanted(frozen):
-    inputs = torch.randn(5, 8), torch.randn(3, 8), torch.randn(3)
-    wanted = [each.requires_grad_() for i, each in enumerate(inputs) if i != frozen]
-    out, expected = differentiable_linear(*inputs), torch.nn.functional.linear(*inputs)
-    pairs = (torch.autograd.grad(each.sum(), wanted) for each in (out, expected))
-    for grad, other in zip(*pairs, strict=True):
-        torch.testing.assert_close(grad, other)
-
-
-def test_autocast_and_other_dtypes():
-    x, weight, bias = torch.randn(5, 8), torch.randn(3, 8), torch.randn(3)
-    with torch.autocast('cpu'):
-        out = differentiable_linear(x, weight, bias)
-    assert out.dtype == torch.bfloat16
-    inputs = x.double(), weight.double(), bias.double()
-    expected = torch.nn.functional.linear(*inputs)
-    assert torch.equal(differentiable_linear(*inputs), expected)
-    torch.testing.assert_close(out.double(), expected, rtol=0.05, atol=0.05)
 
 
 def test_does_not_depend_on_threads(set_threads):

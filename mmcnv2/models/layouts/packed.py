@@ -5,11 +5,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..depthwise import convolve_tiles, is_depthwise, is_quicker_by_tiles
-from ..linear import differentiable_linear
 from ..shortcuts import autocast, is_plain, is_traced
 from ..tiles import Tiles
-
-_PATCH = 32  # pixels along the side of a patch, the stride of the last stage
 
 
 class PackedLayout:
@@ -42,8 +39,9 @@ class PackedLayout:
     def stem(self, conv: nn.Conv2d, image: Tensor) -> Tensor:
         _, h, w = self.visible.shape
         patches = image.unflatten(3, (w, -1)).unflatten(2, (h, -1))
-        visible = patches.permute(0, 2, 4, 3, 5, 1)[self._places()]
-        return self._convolve(conv, visible, _PATCH)
+        # (N * patches, C, patch size, patch size)
+        visible = patches.permute(0, 2, 4, 1, 3, 5)[self._places()]
+        return self._tokens(conv(visible))
 
     def depthwise(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
         if is_quicker_by_tiles(conv, x):
@@ -53,20 +51,15 @@ class PackedLayout:
         return _ConvolveInPictures.apply(*autocast(x, conv), self)
 
     def downsample(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
-        return self._convolve(conv, x, self._side(x))
-
-    def _convolve(self, conv: nn.Conv2d, x: Tensor, side: int) -> Tensor:
-        """Convolve tiles of so many positions along each side, each by itself."""
-        channels = x.shape[-1]
+        """Convolve squares that do not overlap: a product of matrices."""
+        side = self._side(x)
         if not _merges_squares(conv):
-            tiles = x.reshape(-1, side, side, channels).permute(0, 3, 1, 2)
+            tiles = x.reshape(-1, side, side, x.shape[-1]).permute(0, 3, 1, 2)
             return self._tokens(conv(tiles))
-        # A product of matrices.
-        height, width = conv.kernel_size
-        squares = x.reshape(-1, side // height, height, side // width, width, channels)
+        tiles = x.reshape(-1, side // 2, 2, side // 2, 2, x.shape[-1])
+        squares = tiles.transpose(2, 3).reshape(len(x), -1, 4 * x.shape[-1])
         weight = conv.weight.permute(0, 2, 3, 1).flatten(1)
-        rows = squares.transpose(2, 3).reshape(len(self.visible), -1, weight.shape[1])
-        return differentiable_linear(rows, weight, conv.bias)
+        return functional.linear(squares, weight, conv.bias)
 
     def output(self, x: Tensor) -> Tensor:
         """Return ``(N, T, C)``."""
@@ -141,11 +134,11 @@ def find_visible(mask: Tensor, num_visible: int) -> Tensor:
 
 
 def _merges_squares(conv: nn.Module) -> bool:
-    """Tell whether a convolution is one of squares that do not overlap."""
+    """Tell whether a convolution is one of 2 x 2 positions that do not overlap."""
     if not is_plain(conv, nn.Conv2d):
         return False
-    geometry = conv.stride, conv.padding, conv.dilation, conv.groups
-    return geometry == (conv.kernel_size, (0, 0), (1, 1), 1)
+    geometry = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
+    return geometry == ((2, 2), (2, 2), (0, 0), (1, 1), 1)
 
 
 class _ConvolveInPictures(torch.autograd.Function):
