@@ -8,6 +8,8 @@ from ..depthwise import convolve_tiles, is_depthwise, is_quicker_by_tiles
 from ..shortcuts import autocast, is_plain, is_traced
 from ..tiles import Tiles
 
+_PATCH = 32  # pixels along the side of a patch, the stride of the last stage
+
 
 class PackedLayout:
     """Run on the visible patches of masked pictures: positions are ``T``, packed.
@@ -39,9 +41,8 @@ class PackedLayout:
     def stem(self, conv: nn.Conv2d, image: Tensor) -> Tensor:
         _, h, w = self.visible.shape
         patches = image.unflatten(3, (w, -1)).unflatten(2, (h, -1))
-        # (N * patches, C, patch size, patch size)
-        visible = patches.permute(0, 2, 4, 1, 3, 5)[self._places()]
-        return self._tokens(conv(visible))
+        visible = patches.permute(0, 2, 4, 3, 5, 1)[self._places()]
+        return self._convolve(conv, visible, _PATCH)
 
     def depthwise(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
         if is_quicker_by_tiles(conv, x):
@@ -51,15 +52,21 @@ class PackedLayout:
         return _ConvolveInPictures.apply(*autocast(x, conv), self)
 
     def downsample(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
-        """Convolve squares that do not overlap: a product of matrices."""
-        side = self._side(x)
+        return self._convolve(conv, x, self._side(x))
+
+    def _convolve(self, conv: nn.Conv2d, x: Tensor, side: int) -> Tensor:
+        """Convolve tiles of so many positions along each side, each by itself."""
+        channels = x.shape[-1]
         if not _merges_squares(conv):
-            tiles = x.reshape(-1, side, side, x.shape[-1]).permute(0, 3, 1, 2)
-            return self._tokens(conv(tiles))
-        tiles = x.reshape(-1, side // 2, 2, side // 2, 2, x.shape[-1])
-        squares = tiles.transpose(2, 3).reshape(len(x), -1, 4 * x.shape[-1])
+            tiles = x.reshape(-1, side, side, channels).permute(0, 3, 1, 2)
+            out = conv(tiles).permute(0, 2, 3, 1)
+            return out.reshape(len(self.visible), -1, out.shape[-1])
+        # A product of matrices.
+        height, width = conv.kernel_size
+        squares = x.reshape(-1, side // height, height, side // width, width, channels)
         weight = conv.weight.permute(0, 2, 3, 1).flatten(1)
-        return functional.linear(squares, weight, conv.bias)
+        rows = squares.transpose(2, 3).reshape(len(self.visible), -1, weight.shape[1])
+        return functional.linear(rows, weight, conv.bias)
 
     def output(self, x: Tensor) -> Tensor:
         """Return ``(N, T, C)``."""
@@ -77,11 +84,6 @@ class PackedLayout:
                 self.visible.shape, self.patches, side
             )
         return self._tiles_by_side[side]
-
-    def _tokens(self, tiles: Tensor) -> Tensor:
-        """Turn ``(N * patches, C, side, side)`` into ``(N, T, C)``."""
-        channels = tiles.shape[1]
-        return tiles.permute(0, 2, 3, 1).reshape(len(self.visible), -1, channels)
 
     def _side(self, x: Tensor) -> int:
         """Positions along the side of a tile."""
@@ -134,11 +136,11 @@ def find_visible(mask: Tensor, num_visible: int) -> Tensor:
 
 
 def _merges_squares(conv: nn.Module) -> bool:
-    """Tell whether a convolution is one of 2 x 2 positions that do not overlap."""
+    """Tell whether a convolution is one of squares that do not overlap."""
     if not is_plain(conv, nn.Conv2d):
         return False
-    geometry = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
-    return geometry == ((2, 2), (2, 2), (0, 0), (1, 1), 1)
+    geometry = conv.stride, conv.padding, conv.dilation, conv.groups
+    return geometry == (conv.kernel_size, (0, 0), (1, 1), 1)
 
 
 class _ConvolveInPictures(torch.autograd.Function):
