@@ -21,6 +21,7 @@ from .layouts import (
     import_minkowski_engine,
 )
 from .shortcuts import is_recorded
+from .tiles import STRIDE
 
 # The official repository's table, by its names.
 ARCHITECTURES: dict[str, dict[str, Sequence[int]]] = {
@@ -38,7 +39,6 @@ ARCHITECTURES: dict[str, dict[str, Sequence[int]]] = {
 SPARSE_LAYOUTS = dict(packed=PackedLayout, minkowski=MinkowskiLayout)
 
 NUM_STAGES = 4
-STRIDE = 32  # of the last stage
 
 
 @MODELS.register_module()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..arguments import check_arguments
 from ..registry import MODELS
-from .convnextv2 import STRIDE
+from .tiles import STRIDE
 
 
 @MODELS.register_module()

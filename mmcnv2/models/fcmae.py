@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from ..arguments import check_arguments
 from ..registry import MODELS, WEIGHT_INITIALIZERS
-from .convnextv2 import STRIDE, ConvNeXtV2, check_masked_size
+from .convnextv2 import ConvNeXtV2, check_masked_size
 from .layers import INIT_CFG, Block
 from .layouts import DenseLayout, find_visible
 from .shortcuts import is_recorded
+from .tiles import STRIDE
 
 
 @MODELS.register_module()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+STRIDE = 32  # of the last stage: pixels along the side of a patch
 _REACH = 3  # of a kernel of 7 x 7, to each side of its middle
 _SIDE = 8  # of the tiles of ordinary pictures
 

@@ -30,8 +30,9 @@ from mmcnv2.engine.conversion import load_weights
 from mmcnv2.engine.launch import checkpoint_path, config_path
 from mmcnv2.evaluation import DiversityRecorder, find_layers
 from mmcnv2.models import ConvNeXtV2, FCMAEDataPreprocessor
-from mmcnv2.models.convnextv2 import STRIDE, has_grn
+from mmcnv2.models.convnextv2 import has_grn
 from mmcnv2.models.fcmae import draw_mask
+from mmcnv2.models.tiles import STRIDE
 from mmcnv2.registry import MODELS
 from mmcnv2.visualization import channel_grid, diversity_plot, unpack_tokens
 

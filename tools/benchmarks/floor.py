@@ -19,8 +19,8 @@ from mmcnv2.benchmarks.timing import (
     table,
 )
 from mmcnv2.models import ARCHITECTURES
-from mmcnv2.models.convnextv2 import STRIDE
 from mmcnv2.models.linear import linear
+from mmcnv2.models.tiles import STRIDE
 
 COLUMNS = {
     'what': '{what}',

@@ -30,8 +30,8 @@ from mmcnv2.benchmarks.timing import (
     report,
     table,
 )
-from mmcnv2.models.convnextv2 import STRIDE
 from mmcnv2.models.fcmae import draw_mask
+from mmcnv2.models.tiles import STRIDE
 
 ENCODERS = ('packed', 'dense')
 # The options that hold the values, by what changes.

@@ -6,9 +6,7 @@ from torch.nn import functional
 
 from ..depthwise import convolve_tiles, is_depthwise, is_quicker_by_tiles
 from ..shortcuts import autocast, is_plain, is_traced
-from ..tiles import Tiles
-
-_PATCH = 32  # pixels along the side of a patch, the stride of the last stage
+from ..tiles import STRIDE, Tiles
 
 
 class PackedLayout:
@@ -42,7 +40,7 @@ class PackedLayout:
         _, h, w = self.visible.shape
         patches = image.unflatten(3, (w, -1)).unflatten(2, (h, -1))
         visible = patches.permute(0, 2, 4, 3, 5, 1)[self._places()]
-        return self._convolve(conv, visible, _PATCH)
+        return self._convolve(conv, visible, STRIDE)
 
     def depthwise(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
         if is_quicker_by_tiles(conv, x):
