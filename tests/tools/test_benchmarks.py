@@ -203,6 +203,18 @@ def test_backbone(figures: Callable) -> None:
                 assert row['times_ours'] == pytest.approx(times(row, ours))
 
 
+def test_backbone_compiled(figures: Callable) -> None:
+    what = ['--size', 64, '--batch-size', 1, '--forms', 'channels_last', 'compiled']
+    with torch.compiler.set_stance('force_eager'):
+        found = figures('backbone', *what, '--against')
+    for mode in ('training', 'inference'):
+        rows = [row for row in found['rows'] if row['mode'] == mode]
+        assert [row['form'] for row in rows] == ['channels_last', 'compiled']
+        assert sorted(row['counts'] for row in rows) == ['', 'yes']
+        # What is compiled is the same model, and holds as much.
+        assert rows[0]['peak_mib'] == pytest.approx(rows[1]['peak_mib'], rel=0.1)
+
+
 def test_backbone_in_several_dtypes(figures: Callable) -> None:
     what = ['--modes', 'inference', '--forms', 'plain', '--against']
     dtypes = ['float32', 'bfloat16']
