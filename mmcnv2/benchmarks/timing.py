@@ -27,6 +27,8 @@ _TOLERANCES = dict(float32=1e-3, bfloat16=5e-2)
 _CPU_FLAGS = ('avx2', 'fma', 'avx512f', 'avx512_vnni', 'avx512_bf16', 'amx_bf16')
 _LIBRARIES = (
     'torch',
+    'triton',
+    'cv2',
     'mmcnv2',
     'mmengine',
     'mmcv',

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 from mmengine.structures import BaseDataElement
@@ -42,6 +45,26 @@ def samples(*indices):
 
 def spread(weight):
     return round(weight.std().item(), 2)
+
+
+def test_torch_and_mmengine_are_enough():
+    """For another process, which cannot import the rest of OpenMMLab."""
+    code = f"""
+import sys
+
+for name in ('mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'timm', 'MinkowskiEngine'):
+    sys.modules[name] = None
+import torch
+from mmcnv2.registry import MODELS
+
+model = MODELS.build({fcmae_cfg()!r})
+model(torch.randn(2, 3, 64, 96), mode='loss')['loss'].backward()
+print(float(model.backbone.stages[0][0].dwconv.weight.grad.abs().max()) > 0)
+"""
+    run = subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, check=False
+    )
+    assert run.stdout == 'True\n', run.stderr
 
 
 def test_decoder_has_the_blocks_of_the_encoder():

@@ -2,8 +2,8 @@
 
 JPEG files are painted, of the size and the weight of ImageNet's, and the recipe of
 configs/fcmae reads them. The encoder on visible patches alone (packed) is compared with
-others, each within the same model. In each round a contender trains for some steps,
-after as many batches as its loader may have stored have gone by; then the next one.
+others, each within the same model. They take turns, there and back: a turn is some
+steps, after as many batches as the loader may have stored have gone by.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def parse_args() -> argparse.Namespace:
     masked = [name for name in OTHERS if name != 'dense']
     add_against(parser, masked, default=['dense-masked'])
     parser.add_argument('--workers', type=int, default=2, help='that load pictures')
-    parser.add_argument('--steps', type=int, default=20, help='of a round')
+    parser.add_argument('--steps', type=int, default=20, help='of a turn')
     parser.add_argument('--pictures', type=int, default=256, help='JPEG files')
     parser.add_argument(
         '--picture-size', type=int, nargs=2, default=[375, 500], help='height, width'
@@ -135,9 +135,9 @@ class Training:
         self.model = model
         self.optim_wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
         self.args = args
-        self.rounds: list[dict[str, float]] = []
+        self.turns: list[dict[str, float]] = []
 
-    def round(self, batches: Iterator[dict]) -> None:
+    def turn(self, batches: Iterator[dict]) -> None:
         """Train for some steps, once the batches stored before it are gone."""
         for _ in range(stored_batches(self.args)):
             self.step(batches)
@@ -145,7 +145,7 @@ class Training:
         for _ in range(self.args.steps):
             for phase, duration in self.step(batches).items():
                 spent[phase] += duration / self.args.steps
-        self.rounds.append(spent)
+        self.turns.append(spent)
 
     def step(self, batches: Iterator[dict]) -> dict[str, float]:
         """Do what ``train_step`` does, and return the seconds of each phase."""
@@ -170,14 +170,15 @@ class Training:
 
     def row(self) -> dict[str, float]:
         batch_size = self.args.batch_size
-        rates = [batch_size / sum(each.values()) for each in self.rounds]
-        phases = {p: median(each[p] for each in self.rounds) * 1e3 for p in PHASES}
+        rates = [batch_size / sum(each.values()) for each in self.turns]
+        phases = {p: median(each[p] for each in self.turns) * 1e3 for p in PHASES}
         whole = sum(phases.values())
         shares = {f'{phase}_share': phases[phase] / whole for phase in PHASES}
         return dict(
             rate=median(rates),
             slowest=min(rates),
             fastest=max(rates),
+            turns=self.turns,
             **phases,
             **shares,
         )
@@ -251,9 +252,10 @@ def main() -> None:
         trainings = {name: Training(each, cfg, args) for name, each in models.items()}
         batches = iter(Runner.build_dataloader(cfg.train_dataloader, seed=0))
         alone = loading_rate(batches, args)
-        for _ in range(args.rounds):
-            for training in trainings.values():
-                training.round(batches)
+        for number in range(args.rounds):
+            # There and back, so that nobody always runs after the same one.
+            for training in list(trainings.values())[:: (-1) ** number]:
+                training.turn(batches)
         # Before their pictures go.
         del batches
     rows = rows_of(trainings, apart)
