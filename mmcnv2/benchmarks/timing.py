@@ -6,18 +6,20 @@ import platform
 import sys
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import truediv
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from mmengine.device import get_device
 from torch import Tensor, nn
 
 from ..models import ARCHITECTURES, kernels
+
+T = TypeVar('T')
 
 DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16)
 
@@ -153,13 +155,25 @@ def measure(contenders: Sequence[Contender], rounds: int, device: str) -> None:
         # Until gradients exist.
         each.step()
         each.peak = each.peak or peak_bytes(each.step, device)
+    for each in in_turns(contenders, rounds):
+        for _ in range(2):
+            each.model.zero_grad()
+            last = seconds(each.step, device)
+        each.seconds.append(last)
+
+
+def in_turns(contenders: Sequence[T], rounds: int) -> Iterator[T]:
+    """Yield contenders there and back, so that nobody always runs after the same one.
+
+    Args:
+        contenders: All of them.
+        rounds: How often each has its turn.
+
+    Yields:
+        Whose turn it is.
+    """
     for number in range(rounds):
-        # There and back, so that nobody always runs after the same one.
-        for each in contenders[:: (-1) ** number]:
-            for _ in range(2):
-                each.model.zero_grad()
-                last = seconds(each.step, device)
-            each.seconds.append(last)
+        yield from contenders[:: (-1) ** number]
 
 
 def seconds(step: Callable[[], Any], device: str) -> float:

@@ -208,8 +208,7 @@ def test_backbone(figures: Callable) -> None:
 
 def test_backbone_compiled(figures: Callable) -> None:
     what = ['--size', 64, '--batch-size', 1, '--forms', 'channels_last', 'compiled']
-    with torch.compiler.set_stance('force_eager'):
-        found = figures('backbone', *what, '--against')
+    found = figures('backbone', *what, '--against')
     for mode in ('training', 'inference'):
         rows = [row for row in found['rows'] if row['mode'] == mode]
         assert [row['form'] for row in rows] == ['channels_last', 'compiled']

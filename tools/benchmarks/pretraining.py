@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 # First, since it explains what may be wrong with the packages that follow.
 import mmcnv2  # noqa: F401
@@ -35,6 +36,7 @@ from mmcnv2.benchmarks.timing import (
     autocast,
     check_agreement,
     difference,
+    in_turns,
     report,
     synchronise,
 )
@@ -168,7 +170,7 @@ class Training:
         synchronise(self.args.device)
         return time.perf_counter()
 
-    def row(self) -> dict[str, float]:
+    def row(self) -> dict[str, Any]:
         batch_size = self.args.batch_size
         rates = [batch_size / sum(each.values()) for each in self.turns]
         phases = {p: median(each[p] for each in self.turns) * 1e3 for p in PHASES}
@@ -252,10 +254,8 @@ def main() -> None:
         trainings = {name: Training(each, cfg, args) for name, each in models.items()}
         batches = iter(Runner.build_dataloader(cfg.train_dataloader, seed=0))
         alone = loading_rate(batches, args)
-        for number in range(args.rounds):
-            # There and back, so that nobody always runs after the same one.
-            for training in list(trainings.values())[:: (-1) ** number]:
-                training.turn(batches)
+        for training in in_turns(list(trainings.values()), args.rounds):
+            training.turn(batches)
         # Before their pictures go.
         del batches
     rows = rows_of(trainings, apart)
