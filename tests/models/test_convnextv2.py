@@ -362,6 +362,22 @@ def test_compiles_to_one_graph():
             torch.testing.assert_close(grad, expected, rtol=1e-3, atol=1e-3)
 
 
+def test_compiles():
+    """By PyTorch's own compiler, a stage and what leads to the next."""
+    model = randomise(ConvNeXtV2(CUSTOM, out_indices=(0, 1)))
+    compiled = torch.compile(model, fullgraph=True, dynamic=False)
+    image, params = torch.randn(2, 3, 75, 96), list(model.parameters())
+    outs, expected = compiled(image), model(image)
+    torch.testing.assert_close(outs, expected, rtol=1e-4, atol=1e-4)
+    grads, expected_grads = (
+        torch.autograd.grad(sum(x.square().sum() for x in each), params)
+        for each in (outs, expected)
+    )
+    torch.testing.assert_close(grads, expected_grads, rtol=1e-3, atol=1e-3)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(image), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_is_traced_and_saved(tmp_path):
     model = randomise(ConvNeXtV2(CUSTOM)).eval()
     torch.jit.trace(model, torch.randn(1, 3, 64, 96)).save(tmp_path / 'traced.pt')

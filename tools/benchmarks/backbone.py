@@ -90,7 +90,8 @@ def contender(
     layout = FORMS[form]
     model = deepcopy(model).to(memory_format=layout)
     model.train(mode == 'training')
-    run = torch.compile(model) if form == 'compiled' else model
+    # Training, which comes first, would leave inference graphs for any size.
+    run = torch.compile(model, dynamic=False) if form == 'compiled' else model
     pictures = draw_pictures(mode, args).contiguous(memory_format=layout)
 
     def train() -> None:
