@@ -50,8 +50,8 @@ def convolve_tiles(conv: nn.Conv2d, x: Tensor, tiles: Tiles | None) -> Tensor:
     Args:
         conv (nn.Conv2d): The convolution.
         x (Tensor): Features, ``(N, ..., C)``.
-        tiles (Tiles, optional): How their positions lie in pictures. On GPUs whole
-            pictures ``(N, H, W, C)`` need none.
+        tiles (Tiles, optional): How their positions lie in pictures. Whole pictures
+            ``(N, H, W, C)`` need none.
 
     Returns:
         Tensor: Features of the same shape, in the dtype of ``x``, or in autocast's.

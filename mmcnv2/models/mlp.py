@@ -1,24 +1,21 @@
 """Expansion, GELU, GRN and projection of a block as one function, by parts."""
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
-from itertools import islice
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .gelu import gelu_backward, gelu_products, gelu_squares
-from .grn import EPS, GRN, normalise, scale_of, through_scale, total
-from .kernels import cpu, fit, fit_products
-from .linear import add_product, linear
-from .shortcuts import autocast, dtype_of, is_ordinary, is_plain, is_traced
-
-# Expanded features that are dealt with at a time: what a last-level cache holds.
-_PART = 1 << 22
+from . import mlp_by_parts
+from .grn import GRN, normalise
+from .shortcuts import (
+    autocast,
+    dtype_of,
+    is_exported,
+    is_ordinary,
+    is_plain,
+    is_traced,
+)
 
 
 def is_quicker_by_parts(
@@ -36,13 +33,13 @@ def is_quicker_by_parts(
         pwconv2 (nn.Module): In that of the projection.
 
     Returns:
-        bool: Whether it is. Never while a model is traced or compiled, nor where there
-        are other layers than a block was built with, or observed ones.
+        bool: Whether it is. Never while a model is exported, nor where there are other
+        layers than a block was built with, or observed ones.
     """
     dtypes = [torch.float32, torch.float64]
     dtypes += [] if torch.is_grad_enabled() else [torch.bfloat16]
     fits = x.is_cpu and is_ordinary(x) and dtype_of(x) in dtypes and x.numel() > 0
-    if not fits or is_traced():
+    if not fits or is_exported(x):
         return False
     return are_as_built(pwconv1, act, grn, pwconv2)
 
@@ -88,9 +85,9 @@ def expand_and_project(
     """
     tokens, *first = autocast(x.flatten(1, -2), pwconv1)
     _, *second = autocast(tokens, pwconv2)
-    keep = torch.is_grad_enabled()
-    out = _ExpandAndProject.apply(tokens, *first, grn.gamma, grn.beta, *second, keep)
-    return out.view_as(x)
+    inputs = tokens, *first, grn.gamma, grn.beta, *second
+    keep = torch.is_grad_enabled() and any(each.requires_grad for each in inputs)
+    return _ExpandAndProject.apply(*inputs, keep).view_as(x)
 
 
 class _ExpandAndProject(torch.autograd.Function):
@@ -98,162 +95,23 @@ class _ExpandAndProject(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight1, bias1, gamma, beta, weight2, bias2, keep) -> Tensor:
-        keep = keep and any(ctx.needs_input_grad)
         inputs = x, weight1, bias1, gamma, beta, weight2, bias2
-        x, layers = _prepare(*inputs)
-        groups, parts = _divide(x, len(weight1))
-        at_once = _fits_at_once(parts, x, layers)
-        run = _forward_at_once if at_once else partial(_forward_by_parts, parts)
-        precise = torch.promote_types(x.dtype, torch.float32)
-        norms, scales = x.new_empty(2, len(x), 1, len(weight1), dtype=precise)
-        out, kept = torch.empty_like(x), []
-        for group in groups:
-            hidden = run(layers, keep, *(t[group] for t in (x, norms, scales, out)))
-            kept += hidden if keep else []
-        ctx.save_for_backward(*inputs, norms, scales, *kept)
+        run = mlp_by_parts.forward_operator if is_traced() else mlp_by_parts.forward
+        out, *kept = run(*inputs, keep=keep)
+        ctx.save_for_backward(*inputs, *kept)
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             return *_differentiable_gradients(ctx, grad), None
-        *inputs, norms, scales = islice(saved := iter(ctx.saved_tensors), 9)
-        x, layers = _prepare(*inputs)
-        grad = grad.contiguous()
-        groups, parts = _divide(x, len(layers.weight1))
-        at_once = _fits_at_once(parts, x, layers)
-        run = _backward_at_once if at_once else partial(_backward_by_parts, parts)
-        grad_x, grads = torch.empty_like(x), _Gradients.of(layers, ctx.needs_input_grad)
-        for group in groups:
-            hidden = list(islice(saved, len(parts)))
-            tensors = (t[group] for t in (x, norms, scales, grad, grad_x))
-            run(layers, grads, hidden, *tensors)
-        gamma, beta = inputs[3:5]
-        return (
-            *(grad_x, grads.weight1, grads.bias1, grads.gamma.view_as(gamma)),
-            *(grads.beta.view_as(beta), grads.weight2, grad.sum((0, 1)), None),
-        )
-
-
-class _Layers(NamedTuple):
-    weight1: Tensor
-    bias1: Tensor
-    gamma: Tensor
-    beta: Tensor
-    weight2: Tensor
-    bias2: Tensor
-
-
-@dataclass
-class _Gradients:
-    """Those of ``_Layers``, to which groups and parts are added one after the other."""
-
-    weight1: Tensor | None
-    bias1: Tensor
-    gamma: Tensor
-    beta: Tensor
-    weight2: Tensor | None
-    # Those of weights are large, and so nowhere zero before.
-    has_weights: bool = False
-
-    @classmethod
-    def of(cls, layers: _Layers, needed: Sequence[bool]) -> '_Gradients':
-        _, of_weight1, *_, of_weight2, _, _ = needed
-        return cls(
-            weight1=torch.empty_like(layers.weight1) if of_weight1 else None,
-            bias1=torch.zeros_like(layers.bias1),
-            gamma=torch.zeros_like(layers.gamma),
-            beta=torch.zeros_like(layers.beta),
-            weight2=torch.empty_like(layers.weight2) if of_weight2 else None,
-        )
-
-
-def _prepare(x: Tensor, *parameters: Tensor) -> tuple[Tensor, _Layers]:
-    """Take all in the order that kernels read, and GRN's as vectors."""
-    weight1, bias1, gamma, beta, weight2, bias2 = (p.contiguous() for p in parameters)
-    vectors = gamma.flatten(), beta.flatten().to(x.dtype)
-    return x.contiguous(), _Layers(weight1, bias1, *vectors, weight2, bias2)
-
-
-def _fits_at_once(parts: Sequence[slice], x: Tensor, layers: _Layers) -> bool:
-    """Tell whether kernels of our own run a group in one call."""
-    return len(parts) == 1 and fit(layers.gamma) and fit_products(x, *layers)
-
-
-def _forward_at_once(
-    layers: _Layers, keep: bool, x: Tensor, norms: Tensor, scales: Tensor, out: Tensor
-) -> list[Tensor]:
-    """Run a group, and return what enters GELU, which is lost unless it is kept."""
-    hidden = x.new_empty(*x.shape[:2], len(layers.weight1))
-    active = torch.empty_like(hidden) if keep else hidden
-    cpu.expand_and_project(layers, EPS, x, (hidden, active, norms, scales, out))
-    return [hidden]
-
-
-def _forward_by_parts(
-    parts: Sequence[slice],
-    layers: _Layers,
-    keep: bool,
-    x: Tensor,
-    norms: Tensor,
-    scales: Tensor,
-    out: Tensor,
-) -> list[Tensor]:
-    hidden = [linear(x[:, part], layers.weight1, layers.bias1) for part in parts]
-    pairs = [gelu_squares(h, in_place=not keep) for h in hidden]
-    active, squares = zip(*pairs, strict=True)
-    norms.copy_(total(squares).sqrt_())
-    scales.copy_(scale_of(layers.gamma, norms))
-    scale = scales.to(x.dtype)
-    for part, a in zip(parts, active, strict=True):
-        torch.addcmul(layers.beta, a, scale, out=a)
-        linear(a, layers.weight2, layers.bias2, out=out[:, part])
-    return hidden
-
-
-def _backward_at_once(
-    layers: _Layers,
-    grads: _Gradients,
-    hidden: Sequence[Tensor],
-    x: Tensor,
-    norms: Tensor,
-    scales: Tensor,
-    grad: Tensor,
-    grad_x: Tensor,
-) -> None:
-    (h,) = hidden
-    places = h, norms, scales, grad, torch.empty_like(h), torch.empty_like(h), grad_x
-    sums = grads.weight1, grads.bias1, grads.gamma, grads.beta, grads.weight2
-    cpu.expand_and_project_backward(layers, EPS, x, places, sums, grads.has_weights)
-    grads.has_weights = True
-
-
-def _backward_by_parts(
-    parts: Sequence[slice],
-    layers: _Layers,
-    grads: _Gradients,
-    hidden: Sequence[Tensor],
-    x: Tensor,
-    norms: Tensor,
-    scales: Tensor,
-    grad: Tensor,
-    grad_x: Tensor,
-) -> None:
-    weight1, _, gamma, beta, weight2, _ = layers
-    grad_hidden = [linear(grad[:, part], weight2.t()) for part in parts]
-    sums = total(map(gelu_products, hidden, grad_hidden))
-    of_gamma, slope = through_scale(sums[:, :1], gamma, norms)
-    grads.gamma += of_gamma
-    grads.beta += sums[:, 1].sum(0)
-    for part, h, g in zip(parts, hidden, grad_hidden, strict=True):
-        a, sums = gelu_backward(h, scales, beta, slope, g)
-        grads.bias1 += sums.sum((0, 1))
-        linear(g, weight1.t(), out=grad_x[:, part])
-        if grads.weight1 is not None:
-            add_product(grads.weight1, g, x[:, part], grads.has_weights)
-        if grads.weight2 is not None:
-            add_product(grads.weight2, grad[:, part], a, grads.has_weights)
-        grads.has_weights = True
+        if is_traced():
+            grads = mlp_by_parts.backward_operator(grad, *ctx.saved_tensors)
+        else:
+            _, of_weight1, *_, of_weight2, _, _ = ctx.needs_input_grad
+            needed = of_weight1, of_weight2
+            grads = mlp_by_parts.backward(grad, *ctx.saved_tensors, needed=needed)
+        return *grads, grad.sum((0, 1)), None
 
 
 def _differentiable_gradients(ctx, grad: Tensor) -> Iterator[Tensor | None]:
@@ -272,19 +130,3 @@ def differentiate(
     wanted = [each for each, needs in zip(inputs, needed, strict=True) if needs]
     grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
     return (next(grads) if needs else None for needs in needed)
-
-
-def _divide(x: Tensor, wide: int) -> tuple[list[slice], list[slice]]:
-    """Divide pictures into groups, and the positions of each group into parts.
-
-    Several small pictures are one part; a large one is a group of several parts.
-    """
-    count, positions, _ = x.shape
-    groups = _slices(count, _PART // (positions * wide))
-    return groups, _slices(positions, _PART // wide)
-
-
-def _slices(count: int, size: int) -> list[slice]:
-    """Cut into equal slices of ``size`` at most, of which the last may be shorter."""
-    size = math.ceil(count / math.ceil(count / max(size, 1)))
-    return [slice(i, min(i + size, count)) for i in range(0, count, size)]

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+# Before, it told of exporting under torch.compile too.
+_TELLS_EXPORTS = torch.__version__ >= '2.13'
 # With less, oneDNN's kernels are not the quick ones.
 _HAS_AVX = torch.backends.cpu.get_cpu_capability().startswith('AVX')
 
@@ -22,13 +24,15 @@ def is_recorded(x: Tensor) -> bool:
     return is_traced() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def is_exported() -> bool:
+def is_exported(x: Tensor) -> bool:
     """Tell whether what is traced leaves PyTorch, where kernels of ours are unknown.
 
-    Up to PyTorch 2.11 at least ``torch.compiler.is_exporting`` tells that it does under
-    ``torch.compile`` too. So strict exports, which compile, are not told here.
+    Strict exports compile. Where PyTorch cannot tell them apart, compiling is taken for
+    exporting on CPUs, from which most are exported.
     """
-    return is_traced() and not torch.compiler.is_dynamo_compiling()
+    if not torch.compiler.is_dynamo_compiling():
+        return is_traced()
+    return torch.compiler.is_exporting() if _TELLS_EXPORTS else x.is_cpu
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -16,6 +16,8 @@ from mmcnv2.models import ARCHITECTURES, ConvNeXtV2
 from mmcnv2.registry import MODELS
 
 CUSTOM = dict(depths=(1, 2, 1, 2), dims=(6, 10, 14, 22))
+# Kernels for convolutions take channels in multiples of 8.
+EIGHTS = dict(depths=(1, 1, 1, 1), dims=(8, 24, 32, 40))
 
 # Parameters of the classifier and multiply-adds of its features at 224 x 224, as
 # mmpretrain's metafile gives them to the digit (the official README rounds them).
@@ -347,8 +349,9 @@ def test_autocast_trains(dtype, use_grn):
     assert all(grad.isfinite().all() for grad in grads)
 
 
-def test_compiles_to_one_graph():
-    model = randomise(ConvNeXtV2(CUSTOM))
+@pytest.mark.parametrize('arch', [CUSTOM, EIGHTS], ids=['odd', 'eights'])
+def test_compiles_to_one_graph(arch):
+    model = randomise(ConvNeXtV2(arch))
     # The graph itself is what is tested; generating C++ for it would only take long.
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
     for size in [(2, 3, 64, 96), (1, 3, 75, 64)]:
@@ -363,8 +366,8 @@ def test_compiles_to_one_graph():
 
 
 def test_compiles():
-    """By PyTorch's own compiler, a stage and what leads to the next."""
-    model = randomise(ConvNeXtV2(CUSTOM, out_indices=(0, 1)))
+    """By PyTorch's own compiler, which takes our kernels as they are."""
+    model = randomise(ConvNeXtV2(EIGHTS, out_indices=(0, 1)))
     compiled = torch.compile(model, fullgraph=True, dynamic=False)
     image, params = torch.randn(2, 3, 75, 96), list(model.parameters())
     outs, expected = compiled(image), model(image)
@@ -376,6 +379,20 @@ def test_compiles():
     torch.testing.assert_close(grads, expected_grads, rtol=1e-3, atol=1e-3)
     with torch.no_grad():
         torch.testing.assert_close(compiled(image), expected, rtol=1e-4, atol=1e-4)
+    with torch.profiler.profile() as profile:
+        sum(out.sum() for out in compiled(image)).backward()
+    called = {event.key for event in profile.key_averages()}
+    for name in ('convolve', 'sum_gradients', 'expand_and_project_backward'):
+        assert f'mmcnv2::{name}' in called
+
+
+@pytest.mark.parametrize('strict', [True, False])
+def test_exports_what_runs_without_us(strict):
+    model, image = randomise(ConvNeXtV2(EIGHTS)).eval(), torch.randn(2, 3, 64, 96)
+    program = torch.export.export(model, (image,), strict=strict)
+    assert 'mmcnv2' not in program.graph_module.code
+    for out, expected in zip(program.module()(image), model(image), strict=True):
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_is_traced_and_saved(tmp_path):

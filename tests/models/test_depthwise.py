@@ -5,6 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 from torch import nn
+from torch.library import opcheck
 from torch.nn.functional import pad
 
 from mmcnv2.models.depthwise import convolve_tiles, is_quicker_by_tiles
@@ -135,6 +136,21 @@ def test_parameters_in_any_order_of_memory():
     assert not conv.bias.is_contiguous()
     for one, other in zip(results(conv, x, grad, tiles), expected, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('packed', [False, True])
+def test_operators_are_what_they_tell_compilers(packed, dtype):
+    x, taps, bias = draw(2, 9, 10, 16, dtype=dtype), draw(49, 16), draw(16)
+    tiles = None, None, 0
+    if packed:
+        visible = Tiles.of_patches(torch.Size((2, 2, 2)), torch.tensor([1, 2, 4, 7]), 4)
+        x = draw(2, 32, 16, dtype=dtype)
+        tiles = visible.near, visible.origin, visible.side
+    ours = torch.ops.mmcnv2
+    opcheck(ours.convolve.default, (x, taps, bias, *tiles, True))
+    opcheck(ours.convolve.default, (x, taps, None, *tiles, False))
+    opcheck(ours.sum_gradients.default, (x, x.flip(0), *tiles))
 
 
 @pytest.mark.parametrize('wanted', ['x', 'weight', 'bias'])

@@ -200,8 +200,9 @@ def test_wrong_masks():
         model(image, num_visible=6)
 
 
-def test_compiles_to_one_graph_for_all_masks():
-    model = encoder(ODD, torch.float32)
+@pytest.mark.parametrize('arch', [ODD, CUSTOM], ids=['odd', 'custom'])
+def test_compiles_to_one_graph_for_all_masks(arch):
+    model = encoder(arch, torch.float32)
     params = list(model.parameters())
     # The graph itself is what is tested; generating C++ for it would only take long.
     options = dict(fullgraph=True, dynamic=False, backend='aot_eager')

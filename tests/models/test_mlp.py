@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmcnv2.models import kernels, mlp
+from mmcnv2.models import kernels, mlp, mlp_by_parts
 from mmcnv2.models.grn import GRN
 from mmcnv2.models.layers import Block
 from mmcnv2.models.layouts import DenseLayout
@@ -68,10 +69,44 @@ def test_is_one_after_the_other(shape, hidden, dtype, few_threads, monkeypatch):
         torch.testing.assert_close(mlp.expand_and_project(x, *made), out)
 
 
+@pytest.mark.parametrize('few_threads', [8, 0])
+@pytest.mark.parametrize(('shape', 'hidden'), SHAPES, ids=str)
+def test_compiles_as_it_is(shape, hidden, few_threads, monkeypatch):
+    """What is kept of all groups and parts is one tensor then."""
+    monkeypatch.setattr(kernels, '_FEW_THREADS', few_threads)
+    torch.manual_seed(0)
+    made = layers(shape[-1], hidden, torch.float32)
+    x = torch.randn(shape, requires_grad=True)
+    inputs = [x, *(p for layer in made for p in layer.parameters())]
+    runs = (
+        mlp.expand_and_project,
+        torch.compile(
+            mlp.expand_and_project, fullgraph=True, dynamic=False, backend='aot_eager'
+        ),
+    )
+    outs = [run(x, *made) for run in runs]
+    direction = torch.randn_like(outs[0])
+    grads = [torch.autograd.grad(out, inputs, direction) for out in outs]
+    torch.testing.assert_close(outs[1], outs[0], rtol=0, atol=0)
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16])
+def test_operators_are_what_they_tell_compilers(dtype):
+    made, x = layers(8, 24, dtype), torch.randn(3, 10, 8, dtype=dtype)
+    parameters = [p.detach() for layer in made for p in layer.parameters()]
+    opcheck(mlp_by_parts.forward_operator, (x, *parameters, False))
+    if dtype == torch.bfloat16:
+        return
+    opcheck(mlp_by_parts.forward_operator, (x, *parameters, True))
+    out, *kept = mlp_by_parts.forward_operator(x, *parameters, keep=True)
+    opcheck(mlp_by_parts.backward_operator, (out, x, *parameters, *kept))
+
+
 def test_shapes_are_divided_as_they_are_meant_to_be():
     features = [torch.empty(shape).flatten(1, -2) for shape, _ in SHAPES]
     wide = [hidden for _, hidden in SHAPES]
-    divided = [mlp._divide(*each) for each in zip(features, wide, strict=True)]
+    divided = [mlp_by_parts._divide(*each) for each in zip(features, wide, strict=True)]
     counts = [(len(groups), len(parts)) for groups, parts in divided]
     assert counts == [(1, 1), (1, 1), (2, 1), (2, 2)]
     together, alone = (groups for groups, _ in divided[2:])

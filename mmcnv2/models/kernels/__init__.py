@@ -7,13 +7,14 @@ same.
 import warnings
 from contextlib import suppress
 from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from ..shortcuts import is_exported, is_ordinary, is_traced
 from ..tiles import Tiles
-from . import cpu
+from . import cpu, operators
 
 HAS_TRITON = False
 # Triton 3.2, which belongs to PyTorch 2.6, cannot compile them.
@@ -48,16 +49,18 @@ def fit(x: Tensor, *others: Tensor) -> bool:
 
     Returns:
         bool: Whether all tensors are ordinary memory of a device for which there are
-        kernels; on CPUs they take channels in multiples of 8. While a model is compiled
-        those for CPUs do not fit, and while it is exported none does (but for strict
-        exports from GPUs, which nobody can tell from compiling).
+        kernels; on CPUs they take channels in multiples of 8. While a model is exported
+        none does (but for strict exports from GPUs, which PyTorch before 2.13 cannot
+        tell from compiling).
     """
     tensors = x, *others
     if not all(each.device == x.device and is_ordinary(each) for each in tensors):
         return False
+    if is_exported(x):
+        return False
     if x.is_cpu:
-        return cpu.is_loaded() and not is_traced() and x.shape[-1] % cpu.LANES == 0
-    if not (HAS_TRITON and x.is_cuda) or is_exported():
+        return cpu.is_loaded() and x.shape[-1] % cpu.LANES == 0
+    if not (HAS_TRITON and x.is_cuda):
         return False
     if torch.cuda.get_device_properties(x.device).major < _CAPABILITY:
         return False
@@ -130,15 +133,14 @@ def convolve(
         x (Tensor): Features, ``(N, ..., C)``.
         taps (Tensor): The kernel, ``(49, C)``.
         bias (Tensor, optional): ``(C,)``.
-        tiles (Tiles, optional): How the positions of ``x`` lie in pictures. On GPUs
-            whole pictures ``(N, H, W, C)`` need none.
+        tiles (Tiles, optional): How the positions of ``x`` lie in pictures. Whole
+            pictures ``(N, H, W, C)`` need none.
         turned (bool): Whether the kernel is turned by half, as it is on the way back.
 
     Returns:
         Tensor: Of shape and dtype of ``x``.
     """
-    run = cpu.convolve if x.is_cpu else gpu.convolve
-    return run(x.contiguous(), taps, bias, tiles, turned)
+    return _kernels_for(x).convolve(x.contiguous(), taps, bias, tiles, turned)
 
 
 def sum_gradients(
@@ -155,6 +157,11 @@ def sum_gradients(
         tuple[Tensor, Tensor]: Those of the kernel, ``(49, C)``, and of the bias,
         ``(C,)``, in float32.
     """
-    run = cpu.sum_gradients if x.is_cpu else gpu.sum_gradients
-    whole = run(x.contiguous(), grad.contiguous(), tiles)
+    whole = _kernels_for(x).sum_gradients(x.contiguous(), grad.contiguous(), tiles)
     return whole[:-1], whole[-1]
+
+
+def _kernels_for(x: Tensor) -> ModuleType:
+    if not x.is_cpu:
+        return gpu
+    return operators if is_traced() else cpu

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..tiles import Tiles
 
 LANES = 8  # channels that are computed at a time
+SUMS = 50  # for each channel: gradients of a kernel of 7 x 7, and of its bias
 
 _INTERFACE = 6  # of kernels.h
 _GROUP = 2048  # positions whose gradients of a depthwise kernel are
@@ -93,20 +94,21 @@ def convolve(
 ) -> Tensor:
     taps = (taps.flip(0) if turned else taps).float().contiguous()
     bias = None if bias is None else bias.float().contiguous()
-    out = torch.empty_like(x)
+    tiles, out = tiles or Tiles.of_pictures(*x.shape[:3]), torch.empty_like(x)
     _run('convolve', x.dtype, byref(_describe(tiles, x)), x, taps, bias, out)
     return out
 
 
 def sum_gradients(x: Tensor, grad: Tensor, tiles: Tiles | None) -> Tensor:
+    tiles = tiles or Tiles.of_pictures(*x.shape[:3])
     described = _describe(tiles, x)
     groups = -(-described.count // described.group)
-    sums = x.new_zeros(groups, 50, x.shape[-1], dtype=torch.float32)
+    sums = x.new_zeros(groups, SUMS, x.shape[-1], dtype=torch.float32)
     _run('sum_gradients', x.dtype, byref(described), x, grad, sums)
     return sums.sum(0)
 
 
-def _describe(tiles: Tiles | None, x: Tensor) -> _Tiles:
+def _describe(tiles: Tiles, x: Tensor) -> _Tiles:
     return _Tiles(
         tiles.side,
         tiles.near.data_ptr(),

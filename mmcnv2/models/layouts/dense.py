@@ -3,7 +3,6 @@
 from torch import Tensor, nn
 
 from ..depthwise import convolve_tiles, is_quicker_by_tiles
-from ..tiles import Tiles
 
 
 class DenseLayout:
@@ -13,22 +12,13 @@ class DenseLayout:
     no block copies its input or output.
     """
 
-    def __init__(self) -> None:
-        self._tiles: dict[tuple[int, ...], Tiles] = {}
-
     def stem(self, conv: nn.Conv2d, image: Tensor) -> Tensor:
         return conv(image).permute(0, 2, 3, 1)
 
     def depthwise(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
-        if not is_quicker_by_tiles(conv, x):
-            return self.downsample(conv, x)
-        return convolve_tiles(conv, x, self._tiles_of(x) if x.is_cpu else None)
-
-    def _tiles_of(self, x: Tensor) -> Tiles:
-        size = tuple(x.shape[:3])
-        if size not in self._tiles:
-            self._tiles[size] = Tiles.of_pictures(*size)
-        return self._tiles[size]
+        if is_quicker_by_tiles(conv, x):
+            return convolve_tiles(conv, x, tiles=None)
+        return self.downsample(conv, x)
 
     def downsample(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
         return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
