@@ -90,7 +90,7 @@ def contender(
     layout = FORMS[form]
     model = deepcopy(model).to(memory_format=layout)
     model.train(mode == 'training')
-    # Training, which comes first, would leave inference graphs for any size.
+    # After training of one size, inference of another would be compiled for any.
     run = torch.compile(model, dynamic=False) if form == 'compiled' else model
     pictures = draw_pictures(mode, args).contiguous(memory_format=layout)
 
