@@ -3,7 +3,8 @@
 import gc
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -42,6 +43,14 @@ def no_default_scope() -> Iterator[None]:
     """Forget the scope that a test's Runner has set: it changes how types are found."""
     yield
     DefaultScope._instance_dict.clear()
+
+
+@pytest.fixture
+def to_one_graph() -> Iterator[Callable]:
+    """``torch.compile``, which has seen nothing before: it counts what it compiles."""
+    torch.compiler.reset()
+    yield partial(torch.compile, fullgraph=True)
+    torch.compiler.reset()
 
 
 @pytest.fixture

@@ -350,10 +350,10 @@ def test_autocast_trains(dtype, use_grn):
 
 
 @pytest.mark.parametrize('arch', [CUSTOM, EIGHTS], ids=['odd', 'eights'])
-def test_compiles_to_one_graph(arch):
+def test_compiles_to_one_graph(arch, to_one_graph):
     model = randomise(ConvNeXtV2(arch))
     # The graph itself is what is tested; generating C++ for it would only take long.
-    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    compiled = to_one_graph(model, backend='aot_eager')
     for size in [(2, 3, 64, 96), (1, 3, 75, 64)]:
         image = torch.randn(size)
         grads = []
@@ -365,10 +365,10 @@ def test_compiles_to_one_graph(arch):
             torch.testing.assert_close(grad, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_compiles():
+def test_compiles(to_one_graph):
     """By PyTorch's own compiler, which takes our kernels as they are."""
     model = randomise(ConvNeXtV2(EIGHTS, out_indices=(0, 1)))
-    compiled = torch.compile(model, fullgraph=True, dynamic=False)
+    compiled = to_one_graph(model, dynamic=False)
     image, params = torch.randn(2, 3, 75, 96), list(model.parameters())
     outs, expected = compiled(image), model(image)
     torch.testing.assert_close(outs, expected, rtol=1e-4, atol=1e-4)

@@ -150,10 +150,9 @@ def test_loss_keeps_double_precision():
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
 
 
-def test_compiles_to_one_graph():
+def test_compiles_to_one_graph(to_one_graph):
     model = fcmae()
-    options = dict(fullgraph=True, dynamic=False, backend='aot_eager')
-    compiled = torch.compile(model.forward, **options)
+    compiled = to_one_graph(model.forward, dynamic=False, backend='aot_eager')
     for seed, stance in enumerate(('default', *['fail_on_recompile'] * 2)):
         pictures, grads = torch.randn(2, 3, 64, 96), []
         for run in (compiled, model):

@@ -72,14 +72,13 @@ def test_second_derivatives():
     assert torch.autograd.gradgradcheck(normalise, inputs)
 
 
-def test_compiles_for_sizes_that_are_not_known():
+def test_compiles_for_sizes_that_are_not_known(to_one_graph):
     """Positions stay as they are: compilers make slow loops of flattened ones."""
     torch.manual_seed(0)
     grn = GRN(6)
     torch.nn.init.normal_(grn.gamma)
     torch.nn.init.normal_(grn.beta)
-    options = dict(fullgraph=True, dynamic=True, backend='aot_eager')
-    compiled = torch.compile(grn, **options)
+    compiled = to_one_graph(grn, dynamic=True, backend='aot_eager')
     for stance, shape in [
         ('default', (2, 5, 7, 6)),
         ('fail_on_recompile', (3, 4, 8, 6)),

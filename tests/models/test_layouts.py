@@ -201,12 +201,11 @@ def test_wrong_masks():
 
 
 @pytest.mark.parametrize('arch', [ODD, CUSTOM], ids=['odd', 'custom'])
-def test_compiles_to_one_graph_for_all_masks(arch):
+def test_compiles_to_one_graph_for_all_masks(arch, to_one_graph):
     model = encoder(arch, torch.float32)
     params = list(model.parameters())
     # The graph itself is what is tested; generating C++ for it would only take long.
-    options = dict(fullgraph=True, dynamic=False, backend='aot_eager')
-    compiled = torch.compile(model, **options)
+    compiled = to_one_graph(model, dynamic=False, backend='aot_eager')
     for stance in ('default', 'fail_on_recompile', 'fail_on_recompile'):
         image, mask = torch.randn(2, 3, 96, 128), random_mask(2, 3, 4, 0.6)
         with torch.compiler.set_stance(stance):
@@ -220,9 +219,9 @@ def test_compiles_to_one_graph_for_all_masks(arch):
         torch.testing.assert_close(grads, expected_grads, rtol=1e-3, atol=1e-3)
 
 
-def test_compiles_with_checkpoints_too():
+def test_compiles_with_checkpoints_too(to_one_graph):
     model = encoder(CUSTOM, torch.float32, with_cp=True)
-    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    compiled = to_one_graph(model, backend='aot_eager')
     image, mask = torch.randn(2, 3, 64, 96), random_mask(2, 2, 3, 0.5)
     visible = int((~mask[0]).sum())
     grads = []

@@ -71,7 +71,7 @@ def test_is_one_after_the_other(shape, hidden, dtype, few_threads, monkeypatch):
 
 @pytest.mark.parametrize('few_threads', [8, 0])
 @pytest.mark.parametrize(('shape', 'hidden'), SHAPES, ids=str)
-def test_compiles_as_it_is(shape, hidden, few_threads, monkeypatch):
+def test_compiles_as_it_is(shape, hidden, few_threads, monkeypatch, to_one_graph):
     """What is kept of all groups and parts is one tensor then."""
     monkeypatch.setattr(kernels, '_FEW_THREADS', few_threads)
     torch.manual_seed(0)
@@ -80,9 +80,7 @@ def test_compiles_as_it_is(shape, hidden, few_threads, monkeypatch):
     inputs = [x, *(p for layer in made for p in layer.parameters())]
     runs = (
         mlp.expand_and_project,
-        torch.compile(
-            mlp.expand_and_project, fullgraph=True, dynamic=False, backend='aot_eager'
-        ),
+        to_one_graph(mlp.expand_and_project, dynamic=False, backend='aot_eager'),
     )
     outs = [run(x, *made) for run in runs]
     direction = torch.randn_like(outs[0])
