@@ -96,8 +96,10 @@ class _ExpandAndProject(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight1, bias1, gamma, beta, weight2, bias2, keep) -> Tensor:
         inputs = x, weight1, bias1, gamma, beta, weight2, bias2
-        run = mlp_by_parts.forward_operator if is_traced() else mlp_by_parts.forward
-        out, *kept = run(*inputs, keep=keep)
+        if is_traced():
+            out, *kept = mlp_by_parts.forward_operator(inputs, keep)
+        else:
+            out, *kept = mlp_by_parts.forward(*inputs, keep=keep)
         ctx.save_for_backward(*inputs, *kept)
         return out
 
@@ -106,7 +108,7 @@ class _ExpandAndProject(torch.autograd.Function):
         if torch.is_grad_enabled():
             return *_differentiable_gradients(ctx, grad), None
         if is_traced():
-            grads = mlp_by_parts.backward_operator(grad, *ctx.saved_tensors)
+            grads = mlp_by_parts.backward_operator(grad, ctx.saved_tensors)
         else:
             _, of_weight1, *_, of_weight2, _, _ = ctx.needs_input_grad
             needed = of_weight1, of_weight2

@@ -90,59 +90,47 @@ def backward(
 # As operators of PyTorch, which its compiler calls as they are.
 
 
-@torch.library.custom_op('mmcnv2::expand_and_project', mutates_args=())
-def forward_operator(
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-    keep: bool,
-) -> list[Tensor]:
+@torch.library.custom_op(
+    'mmcnv2::expand_and_project',
+    mutates_args=(),
+    schema='(Tensor[] inputs, bool keep) -> Tensor[]',
+)
+def forward_operator(inputs: Sequence[Tensor], keep: bool) -> list[Tensor]:
     """Compute the same; the pieces are one, so that their number hangs on no size."""
-    inputs = x, weight1, bias1, gamma, beta, weight2, bias2
     if not keep:
         return forward(*inputs, keep=False)
+    x, weight1, *_ = inputs
     hidden = x.new_empty(*x.shape[:2], len(weight1))
     out, norms, scales, *_ = forward(*inputs, keep=True, place=hidden)
     return [out, norms, scales, hidden]
 
 
 @forward_operator.register_fake
-def _(x: Tensor, weight1: Tensor, *others: Tensor | bool) -> list[Tensor]:
-    precise = torch.promote_types(x.dtype, torch.float32)
+def _(inputs: Sequence[Tensor], keep: bool) -> list[Tensor]:
+    x, weight1, *_ = inputs
     count, positions, _ = x.shape
+    precise = torch.promote_types(x.dtype, torch.float32)
     sums = (x.new_empty(count, 1, len(weight1), dtype=precise) for _ in range(2))
-    hidden = [x.new_empty(count, positions, len(weight1))] if others[-1] else []
+    hidden = [x.new_empty(count, positions, len(weight1))] if keep else []
     return [x.new_empty(x.shape), *sums, *hidden]
 
 
-@torch.library.custom_op('mmcnv2::expand_and_project_backward', mutates_args=())
-def backward_operator(
-    grad: Tensor,
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-    norms: Tensor,
-    scales: Tensor,
-    hidden: Tensor,
-) -> list[Tensor]:
+@torch.library.custom_op(
+    'mmcnv2::expand_and_project_backward',
+    mutates_args=(),
+    schema='(Tensor grad, Tensor[] saved) -> Tensor[]',
+)
+def backward_operator(grad: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
     """Go back from that one, to all weights."""
+    x, weight1, *_, hidden = saved
     groups, parts = _divide(x, len(weight1))
     pieces = (hidden[group][:, part] for group in groups for part in parts)
-    inputs = x, weight1, bias1, gamma, beta, weight2, bias2
-    grads = backward(grad, *inputs, norms, scales, *pieces)
+    grads = backward(grad, *saved[:-1], *pieces)
     return [each for each in grads if each is not None]
 
 
 @backward_operator.register_fake
-def _(grad: Tensor, *saved: Tensor) -> list[Tensor]:
+def _(grad: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
     return [each.new_empty(each.shape) for each in saved[:6]]
 
 

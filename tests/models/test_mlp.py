@@ -93,12 +93,12 @@ def test_compiles_as_it_is(shape, hidden, few_threads, monkeypatch, to_one_graph
 def test_operators_are_what_they_tell_compilers(dtype):
     made, x = layers(8, 24, dtype), torch.randn(3, 10, 8, dtype=dtype)
     parameters = [p.detach() for layer in made for p in layer.parameters()]
-    opcheck(mlp_by_parts.forward_operator, (x, *parameters, False))
+    opcheck(mlp_by_parts.forward_operator, ([x, *parameters], False))
     if dtype == torch.bfloat16:
         return
-    opcheck(mlp_by_parts.forward_operator, (x, *parameters, True))
-    out, *kept = mlp_by_parts.forward_operator(x, *parameters, keep=True)
-    opcheck(mlp_by_parts.backward_operator, (out, x, *parameters, *kept))
+    opcheck(mlp_by_parts.forward_operator, ([x, *parameters], True))
+    out, *kept = mlp_by_parts.forward_operator([x, *parameters], True)
+    opcheck(mlp_by_parts.backward_operator, (out, [x, *parameters, *kept]))
 
 
 def test_shapes_are_divided_as_they_are_meant_to_be():
