@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as modules
 
 # Before, it told of exporting under torch.compile too.
 _TELLS_EXPORTS = torch.__version__ >= '2.13'
@@ -48,13 +48,17 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         once), and with ordinary tensors as parameters: others, such as quantised ones,
         know what to do in PyTorch's own operations alone.
     """
-    if type(module) is not kind or 'forward' in vars(module):
+    if type(module) is not kind or 'forward' in module.__dict__:
         return False
     hooks = (
         *(module._forward_hooks, module._forward_pre_hooks),
         *(module._backward_hooks, module._backward_pre_hooks),
     )
-    if any(hooks) or _has_any_global_hook():
+    of_all_modules = (
+        *(modules._global_forward_hooks, modules._global_forward_pre_hooks),
+        *(modules._global_backward_hooks, modules._global_backward_pre_hooks),
+    )
+    if any(hooks) or any(of_all_modules):
         return False
     return all(map(is_ordinary, module.parameters()))
 
