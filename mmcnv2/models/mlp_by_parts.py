@@ -60,7 +60,8 @@ def backward(
 
     Args:
         grad (Tensor): Gradient of the features that came out.
-        *saved (Tensor): What went in, and what came out besides.
+        *saved (Tensor): What went in, and what came out besides, in pieces or in the
+            place that was given for them.
         needed (tuple[bool, bool]): Whether gradients of both weights are wanted.
             Defaults to both.
 
@@ -68,10 +69,12 @@ def backward(
         list[Tensor | None]: Gradients of all that went in but the last bias.
     """
     *inputs, norms, scales = saved[:9]
-    hidden = iter(saved[9:])
     x, layers = _prepare(*inputs)
     grad = grad.contiguous()
     groups, parts = _divide(x, len(layers.weight1))
+    hidden = iter(saved[9:])
+    if len(saved) == 10:
+        hidden = (saved[9][group][:, part] for group in groups for part in parts)
     at_once = _fits_at_once(parts, x, layers)
     run = _backward_at_once if at_once else partial(_backward_by_parts, parts)
     grads = _Gradients.of(layers, *needed)
@@ -121,11 +124,8 @@ def _(inputs: Sequence[Tensor], keep: bool) -> list[Tensor]:
     schema='(Tensor grad, Tensor[] saved) -> Tensor[]',
 )
 def backward_operator(grad: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
-    """Go back from that one, to all weights."""
-    x, weight1, *_, hidden = saved
-    groups, parts = _divide(x, len(weight1))
-    pieces = (hidden[group][:, part] for group in groups for part in parts)
-    grads = backward(grad, *saved[:-1], *pieces)
+    """Go back from it, to weights that nobody wants gradients of as well."""
+    grads = backward(grad, *(each.contiguous() for each in saved))
     return [each for each in grads if each is not None]
 
 

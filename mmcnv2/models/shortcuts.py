@@ -28,10 +28,13 @@ def is_exported(x: Tensor) -> bool:
     """Tell whether what is traced leaves PyTorch, where kernels of ours are unknown.
 
     Strict exports compile. Where PyTorch cannot tell them apart, compiling is taken for
-    exporting on CPUs, from which most are exported.
+    exporting on CPUs, from which most are exported. So are the transforms of
+    ``torch.func``, in which kernels would know neither batches nor wanted gradients.
     """
     if not torch.compiler.is_dynamo_compiling():
         return is_traced()
+    if torch._C._are_functorch_transforms_active():
+        return True
     return torch.compiler.is_exporting() if _TELLS_EXPORTS else x.is_cpu
 
 

@@ -1,7 +1,6 @@
 """Pictures as tiles: squares of positions, and who lies around each."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -37,7 +36,6 @@ class Tiles:
     extent: Tensor | None = None
 
     @classmethod
-    @lru_cache(maxsize=64)
     def of_pictures(cls, count: int, height: int, width: int) -> 'Tiles':
         """Cut ordinary pictures into tiles.
 

@@ -3,7 +3,7 @@ import io
 import pytest
 import torch
 from mmengine.runner.checkpoint import load_state_dict
-from torch import nn
+from torch import func, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     ConvNextBackbone,
@@ -366,7 +366,7 @@ def test_compiles_to_one_graph(arch, to_one_graph):
 
 
 def test_compiles(to_one_graph):
-    """By PyTorch's own compiler, which takes our kernels as they are."""
+    """By PyTorch's own compiler, which takes our kernels as they are, since 2.13."""
     model = randomise(ConvNeXtV2(EIGHTS, out_indices=(0, 1)))
     compiled = to_one_graph(model, dynamic=False)
     image, params = torch.randn(2, 3, 75, 96), list(model.parameters())
@@ -383,7 +383,27 @@ def test_compiles(to_one_graph):
         sum(out.sum() for out in compiled(image)).backward()
     called = {event.key for event in profile.key_averages()}
     for name in ('convolve', 'sum_gradients', 'expand_and_project_backward'):
-        assert f'mmcnv2::{name}' in called
+        assert (f'mmcnv2::{name}' in called) == (torch.__version__ >= '2.13')
+
+
+def test_compiles_what_functions_are_transformed_to(to_one_graph):
+    """PyTorch's compiler tells nobody which gradients ``torch.func`` wants."""
+    model = randomise(ConvNeXtV2(EIGHTS, out_indices=(1,)))
+    image, params = torch.randn(2, 3, 64, 96), dict(model.named_parameters())
+
+    def loss(params):
+        (out,) = func.functional_call(model, params, (image,))
+        return out.square().sum()
+
+    compiled = to_one_graph(func.grad(loss), backend='aot_eager', dynamic=False)
+    expected = torch.autograd.grad(loss(params), list(params.values()))
+    found = list(compiled(params).values())
+    torch.testing.assert_close(found, list(expected), rtol=1e-3, atol=1e-3)
+    batched = func.vmap(lambda image: model(image))
+    batched = to_one_graph(batched, backend='aot_eager', dynamic=False)
+    with torch.no_grad():
+        (out,) = batched(image[:, None])
+        torch.testing.assert_close(out[:, 0], model(image)[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize('strict', [True, False])

@@ -141,16 +141,29 @@ def test_parameters_in_any_order_of_memory():
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('packed', [False, True])
 def test_operators_are_what_they_tell_compilers(packed, dtype):
-    x, taps, bias = draw(2, 9, 10, 16, dtype=dtype), draw(49, 16), draw(16)
-    tiles = None, None, 0
+    x, tiles = draw(2, 9, 10, 16, dtype=dtype), ([], [])
     if packed:
         visible = Tiles.of_patches(torch.Size((2, 2, 2)), torch.tensor([1, 2, 4, 7]), 4)
         x = draw(2, 32, 16, dtype=dtype)
-        tiles = visible.near, visible.origin, visible.side
-    ours = torch.ops.mmcnv2
-    opcheck(ours.convolve.default, (x, taps, bias, *tiles, True))
-    opcheck(ours.convolve.default, (x, taps, None, *tiles, False))
-    opcheck(ours.sum_gradients.default, (x, x.flip(0), *tiles))
+        tiles = [visible.near, visible.origin], [visible.side, visible.row]
+    ours, taps, bias = torch.ops.mmcnv2, draw(49, 16), draw(16)
+    # In another order of memory, too.
+    turned = x.transpose(1, 2).contiguous().transpose(1, 2)
+    for given in (x, turned):
+        opcheck(ours.convolve.default, (given, taps, bias, *tiles, True))
+        opcheck(ours.convolve.default, (given, taps, None, *tiles, False))
+        opcheck(ours.sum_gradients.default, (x.flip(0), given, *tiles))
+    one, other = (ours.convolve(each, taps, bias, *tiles, True) for each in (x, turned))
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize('size', SIZES, ids=str)
+def test_tiles_that_are_given_to_compilers(size, to_one_graph):
+    conv, tiles, x = convolution(16), Tiles.of_pictures(*size), draw(*size, 16)
+    compiled = to_one_graph(convolve_tiles, backend='aot_eager', dynamic=False)
+    outs = [run(conv, x, tiles) for run in (compiled, convolve_tiles)]
+    assert torch.equal(*outs)
+    assert torch.equal(compiled(conv, x, None), outs[1])
 
 
 @pytest.mark.parametrize('wanted', ['x', 'weight', 'bias'])

@@ -101,6 +101,27 @@ def test_operators_are_what_they_tell_compilers(dtype):
     opcheck(mlp_by_parts.backward_operator, (out, [x, *parameters, *kept]))
 
 
+@pytest.mark.parametrize(('shape', 'hidden'), SHAPES, ids=str)
+def test_operators_take_pieces_too(shape, hidden):
+    """Where the way back alone is compiled, what was kept is of the layers' own way."""
+    torch.manual_seed(0)
+    parameters = [
+        p
+        for layer in layers(shape[-1], hidden, torch.float32)
+        for p in layer.parameters()
+    ]
+    with torch.no_grad():
+        inputs = [torch.randn(shape).flatten(1, -2), *parameters]
+        (out, *pieces), (_, *whole) = (
+            mlp_by_parts.forward(*inputs, keep=True),
+            mlp_by_parts.forward_operator(inputs, True),
+        )
+        expected = mlp_by_parts.backward(out, *inputs, *pieces)
+        for kept in (pieces, whole):
+            found = mlp_by_parts.backward_operator(out, [*inputs, *kept])
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_shapes_are_divided_as_they_are_meant_to_be():
     features = [torch.empty(shape).flatten(1, -2) for shape, _ in SHAPES]
     wide = [hidden for _, hidden in SHAPES]

@@ -7,6 +7,7 @@ data, so that they fit any version of PyTorch.
 import warnings
 from collections.abc import Sequence
 from ctypes import CDLL, Structure, byref, c_double, c_int, c_int64, c_void_p
+from functools import lru_cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
@@ -94,18 +95,24 @@ def convolve(
 ) -> Tensor:
     taps = (taps.flip(0) if turned else taps).float().contiguous()
     bias = None if bias is None else bias.float().contiguous()
-    tiles, out = tiles or Tiles.of_pictures(*x.shape[:3]), torch.empty_like(x)
+    tiles, out = tiles or _cut(*x.shape[:3]), torch.empty_like(x)
     _run('convolve', x.dtype, byref(_describe(tiles, x)), x, taps, bias, out)
     return out
 
 
 def sum_gradients(x: Tensor, grad: Tensor, tiles: Tiles | None) -> Tensor:
-    tiles = tiles or Tiles.of_pictures(*x.shape[:3])
+    tiles = tiles or _cut(*x.shape[:3])
     described = _describe(tiles, x)
     groups = -(-described.count // described.group)
     sums = x.new_zeros(groups, SUMS, x.shape[-1], dtype=torch.float32)
     _run('sum_gradients', x.dtype, byref(described), x, grad, sums)
     return sums.sum(0)
+
+
+@lru_cache(maxsize=32)
+def _cut(count: int, height: int, width: int) -> Tiles:
+    """Cut pictures into tiles, which are few to keep, for all blocks of a stage."""
+    return Tiles.of_pictures(count, height, width)
 
 
 def _describe(tiles: Tiles, x: Tensor) -> _Tiles:

@@ -1,4 +1,7 @@
-"""Kernels for CPUs as operators of PyTorch, which its compiler calls as they are."""
+"""Kernels for CPUs as operators of PyTorch, which its compiler calls as they are.
+
+It is free to lay out in memory what it gives them.
+"""
 
 import torch
 from torch import Tensor
@@ -17,42 +20,53 @@ def sum_gradients(x: Tensor, grad: Tensor, tiles: Tiles | None) -> Tensor:
     return _sum_gradients(x, grad, *_take_apart(tiles))
 
 
-def _take_apart(tiles: Tiles | None) -> tuple[Tensor | None, Tensor | None, int]:
-    return (None, None, 0) if tiles is None else (tiles.near, tiles.origin, tiles.side)
+def _take_apart(tiles: Tiles | None) -> tuple[list[Tensor], list[int]]:
+    if tiles is None:
+        return [], []
+    tables = tiles.near, tiles.origin, tiles.extent
+    return [each for each in tables if each is not None], [tiles.side, tiles.row]
 
 
-def _put_together(
-    near: Tensor | None, origin: Tensor | None, side: int
-) -> Tiles | None:
-    """Return tiles whose rows lie one after the other: those of visible patches."""
-    if near is None or origin is None:
+def _put_together(tables: list[Tensor], sizes: list[int]) -> Tiles | None:
+    if not tables:
         return None
-    return Tiles(side, near, origin, row=side)
+    (near, origin, *extent), (side, row) = tables, sizes
+    return Tiles(side, near, origin, row, *extent)
 
 
-@torch.library.custom_op('mmcnv2::convolve', mutates_args=(), device_types='cpu')
+@torch.library.custom_op(
+    'mmcnv2::convolve',
+    mutates_args=(),
+    schema='(Tensor x, Tensor taps, Tensor? bias, Tensor[] tables, SymInt[] sizes, '
+    'bool turned) -> Tensor',
+)
 def _convolve(
     x: Tensor,
     taps: Tensor,
     bias: Tensor | None,
-    near: Tensor | None,
-    origin: Tensor | None,
-    side: int,
+    tables: list[Tensor],
+    sizes: list[int],
     turned: bool,
 ) -> Tensor:
-    return cpu.convolve(x, taps, bias, _put_together(near, origin, side), turned)
+    tiles = _put_together(tables, sizes)
+    return cpu.convolve(x.contiguous(), taps, bias, tiles, turned)
 
 
 @_convolve.register_fake
 def _(x: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
-@torch.library.custom_op('mmcnv2::sum_gradients', mutates_args=(), device_types='cpu')
+@torch.library.custom_op(
+    'mmcnv2::sum_gradients',
+    mutates_args=(),
+    schema='(Tensor x, Tensor grad, Tensor[] tables, SymInt[] sizes) -> Tensor',
+)
 def _sum_gradients(
-    x: Tensor, grad: Tensor, near: Tensor | None, origin: Tensor | None, side: int
+    x: Tensor, grad: Tensor, tables: list[Tensor], sizes: list[int]
 ) -> Tensor:
-    return cpu.sum_gradients(x, grad, _put_together(near, origin, side))
+    tiles = _put_together(tables, sizes)
+    return cpu.sum_gradients(x.contiguous(), grad.contiguous(), tiles)
 
 
 @_sum_gradients.register_fake
