@@ -46,11 +46,17 @@ def no_default_scope() -> Iterator[None]:
 
 
 @pytest.fixture
-def to_one_graph() -> Iterator[Callable]:
-    """``torch.compile``, which has seen nothing before: it counts what it compiles."""
+def fresh_compiler() -> Iterator[None]:
+    """Let ``torch.compile`` forget what it has compiled: it counts, and stops."""
     torch.compiler.reset()
-    yield partial(torch.compile, fullgraph=True)
+    yield
     torch.compiler.reset()
+
+
+@pytest.fixture
+def to_one_graph(fresh_compiler: None) -> Callable:
+    """``torch.compile``, to a single graph."""
+    return partial(torch.compile, fullgraph=True)
 
 
 @pytest.fixture

@@ -64,7 +64,7 @@ IN_PLACE = {
     r'--launcher=slurm': '--launcher=pytorch',
     # On GPUs alone.
     'graphed': 'plain',
-    # Which takes minutes for all contenders; a test of the benchmark compiles one.
+    # Which takes minutes for all contenders, and is tested where the backbone is.
     'compiled': 'plain',
     # Runs that differ in their seed alone become one.
     r'randomness\.seed=\d+': 'randomness.seed=0',

@@ -68,19 +68,19 @@ def backward(
     Returns:
         list[Tensor | None]: Gradients of all that went in but the last bias.
     """
-    *inputs, norms, scales = saved[:9]
+    (*inputs, norms, scales), hidden = saved[:9], saved[9:]
     x, layers = _prepare(*inputs)
     grad = grad.contiguous()
     groups, parts = _divide(x, len(layers.weight1))
-    hidden = iter(saved[9:])
-    if len(saved) == 10:
-        hidden = (saved[9][group][:, part] for group in groups for part in parts)
+    if len(hidden) == 1:
+        hidden = tuple(hidden[0][g][:, p] for g in groups for p in parts)
+    rest = iter(hidden)
     at_once = _fits_at_once(parts, x, layers)
     run = _backward_at_once if at_once else partial(_backward_by_parts, parts)
     grads = _Gradients.of(layers, *needed)
     grad_x = torch.empty_like(x)
     for group in groups:
-        pieces = list(islice(hidden, len(parts)))
+        pieces = list(islice(rest, len(parts)))
         tensors = (t[group] for t in (x, norms, scales, grad, grad_x))
         run(layers, grads, pieces, *tensors)
     gamma, beta = inputs[3:5]

@@ -24,9 +24,8 @@ GRAPHS = dict(HOOK, mode='default', fullgraph=True)
 
 
 @pytest.fixture
-def backend():
+def backend(fresh_compiler):
     """Counts the graphs and their runs, and runs them as they are."""
-    torch.compiler.reset()
     counts = Counter()
 
     def compile_nothing(graph, inputs):
@@ -39,7 +38,6 @@ def backend():
         return run
 
     yield compile_nothing, counts
-    torch.compiler.reset()
     torch.compiler.set_stance('default')
 
 

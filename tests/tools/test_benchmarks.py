@@ -215,6 +215,8 @@ def test_backbone_in_the_form_compiled(figures: Callable) -> None:
         rows = [row for row in found['rows'] if row['mode'] == mode]
         assert [row['form'] for row in rows] == ['channels_last', 'compiled']
         assert sorted(row['counts'] for row in rows) == ['', 'yes']
+        # What is compiled is the same model, and holds as much.
+        assert rows[0]['peak_mib'] == pytest.approx(rows[1]['peak_mib'], rel=0.1)
         best = min(rows, key=lambda row: row['seconds'])
         for row in rows:
             assert row['times_ours'] == pytest.approx(times(row, best))
