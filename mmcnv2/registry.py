@@ -23,19 +23,19 @@ OPTIM_WRAPPER_CONSTRUCTORS = _child(roots.OPTIM_WRAPPER_CONSTRUCTORS, 'mmcnv2.en
 WEIGHT_INITIALIZERS = _child(
     roots.WEIGHT_INITIALIZERS, 'mmcnv2.engine', 'mmcnv2.models'
 )
+LOOPS = _child(roots.LOOPS, 'mmcnv2.engine')
+FUNCTIONS = _child(roots.FUNCTIONS, 'mmcnv2.engine')
+STRATEGIES = _child(roots.STRATEGIES, 'mmcnv2.engine')
 
 # Nothing of ours stands in these, but where ``default_scope`` is ``mmcnv2`` MMEngine
 # looks here first and would warn of each that it does not find.
 DATA_SAMPLERS = _child(roots.DATA_SAMPLERS, 'mmcnv2.datasets')
 EVALUATOR = _child(roots.EVALUATOR, 'mmcnv2.evaluation')
-FUNCTIONS = _child(roots.FUNCTIONS, 'mmcnv2.engine')
 LOG_PROCESSORS = _child(roots.LOG_PROCESSORS, 'mmcnv2.engine')
-LOOPS = _child(roots.LOOPS, 'mmcnv2.engine')
 MODEL_WRAPPERS = _child(roots.MODEL_WRAPPERS, 'mmcnv2.models')
 OPTIMIZERS = _child(roots.OPTIMIZERS, 'mmcnv2.engine')
 OPTIM_WRAPPERS = _child(roots.OPTIM_WRAPPERS, 'mmcnv2.engine')
 PARAM_SCHEDULERS = _child(roots.PARAM_SCHEDULERS, 'mmcnv2.engine')
 RUNNERS = _child(roots.RUNNERS, 'mmcnv2.engine')
-STRATEGIES = _child(roots.STRATEGIES, 'mmcnv2.engine')
 VISBACKENDS = _child(roots.VISBACKENDS, 'mmcnv2.visualization')
 VISUALIZERS = _child(roots.VISUALIZERS, 'mmcnv2.visualization')

@@ -17,11 +17,11 @@ from PIL import Image
 from rich.progress import track
 from torch import nn
 
-from mmcnv2.datasets.unlabelled import find_pictures
-from mmcnv2.evaluation import hidden_psnr
-from mmcnv2.models import FCMAE
-from mmcnv2.registry import INFERENCERS
-from mmcnv2.visualization import reconstruction_grid
+from ..datasets.unlabelled import find_pictures
+from ..evaluation import hidden_psnr
+from ..models import FCMAE
+from ..registry import INFERENCERS
+from ..visualization import reconstruction_grid
 
 PictureInput = str | os.PathLike | np.ndarray
 

@@ -169,7 +169,14 @@ class TimmBackbone(nn.Module):
 
 
 def mmpretrain_backbone(ours: ConvNeXtV2) -> nn.Module:
-    """Build mmpretrain's ``ConvNeXt`` with the weights of ours."""
+    """Build mmpretrain's ``ConvNeXt``.
+
+    Args:
+        ours: The backbone whose weights it gets.
+
+    Returns:
+        The backbone, which returns the maps of all stages, normalised.
+    """
     from mmpretrain.models import ConvNeXt
 
     backbone = ConvNeXt(

@@ -5,7 +5,7 @@ import os
 import platform
 import sys
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import Action, ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import truediv
@@ -14,7 +14,6 @@ from statistics import median
 from typing import Any, TypeVar
 
 import torch
-from mmengine.device import get_device
 from torch import Tensor, nn
 
 from ..models import ARCHITECTURES, kernels
@@ -67,11 +66,12 @@ def add_arguments(
         default=['float32'] if several_dtypes else 'float32',
         help='bfloat16 is autocast, weights stay in float32',
     )
-    parser.add_argument('--device', default=get_device())
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    parser.add_argument('--device', choices=('cpu', 'cuda'), default=device)
     parser.add_argument(
-        '--rounds', type=int, default=rounds, help='in each, every contender runs once'
+        '--rounds', type=int, default=rounds, help='turns that each contender takes'
     )
-    parser.add_argument('--json', type=Path, help='file for the figures')
+    parser.add_argument('--json', type=Path, help='write every figure to this file')
 
 
 def add_against(
@@ -91,8 +91,37 @@ def add_against(
     )
 
 
+class _Size(Action):
+    """Height and width, which are equal if one is given."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        if len(values) > 2:
+            parser.error(f'{option_string} takes height and width, or one side')
+        setattr(namespace, self.dest, (values[0], values[-1]))
+
+
+def add_size(parser: ArgumentParser, default: str) -> None:
+    """Add ``--size``, height and width of a picture, None by default.
+
+    Args:
+        parser: Gets it.
+        default: What its help says of that.
+    """
+    told = f'height and width of a picture, or one side of a square; {default}'
+    kind: dict[str, Any] = dict(type=int, nargs='+', action=_Size, metavar='SIDE')
+    parser.add_argument('--size', help=told, **kind)
+
+
 def autocast(device: str, dtype: str) -> torch.autocast:
-    """Return the context that ``--device`` and ``--dtype`` describe."""
+    """Autocast, if at all.
+
+    Args:
+        device: As of ``--device``.
+        dtype: As of ``--dtype``.
+
+    Returns:
+        The context in which a contender runs.
+    """
     enabled = DTYPES[dtype] != torch.float32
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled)
 
@@ -177,7 +206,15 @@ def in_turns(contenders: Sequence[T], rounds: int) -> Iterator[T]:
 
 
 def seconds(step: Callable[[], Any], device: str) -> float:
-    """Return how long a step takes."""
+    """Measure a step.
+
+    Args:
+        step: What is measured.
+        device: Where it runs.
+
+    Returns:
+        How long it takes, in seconds.
+    """
     synchronise(device)
     start = time.perf_counter()
     step()
@@ -186,13 +223,25 @@ def seconds(step: Callable[[], Any], device: str) -> float:
 
 
 def synchronise(device: str) -> None:
-    """Wait until all is done that a GPU was told to do."""
+    """Wait until all is done that a GPU was told to do.
+
+    Args:
+        device: If it is none, nothing has to be waited for.
+    """
     if torch.device(device).type == 'cuda':
         torch.cuda.synchronize(device)
 
 
 def peak_bytes(step: Callable[[], Any], device: str) -> int:
-    """Return the most that PyTorch allocates at once during a step, in bytes."""
+    """Measure the memory of a step.
+
+    Args:
+        step: What is measured.
+        device: Where it runs.
+
+    Returns:
+        The most that PyTorch allocates at once, in bytes, besides what was there.
+    """
     if torch.device(device).type == 'cuda':
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -210,7 +259,15 @@ def peak_bytes(step: Callable[[], Any], device: str) -> int:
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
-    """Return the largest difference, as a share of the largest value expected."""
+    """Compare tensors.
+
+    Args:
+        found: Of any shape and dtype.
+        expected: Of the same shape.
+
+    Returns:
+        The largest difference, as a share of the largest value expected.
+    """
     apart = (found.float() - expected.float()).abs().max()
     return float(apart / expected.float().abs().max())
 
@@ -274,12 +331,19 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
 
 
 def describe_machine(device: str) -> dict[str, Any]:
-    """Return what the figures depend on: hardware, threads and versions."""
+    """Describe what the figures depend on.
+
+    Args:
+        device: Where contenders have run.
+
+    Returns:
+        Hardware, threads and versions, by name.
+    """
     model, flags = _processor()
     machine: dict[str, Any] = dict(
         cpu=model,
         flags=[flag for flag in _CPU_FLAGS if flag in flags],
-        cores=len(os.sched_getaffinity(0)),
+        cores=_cores(),
         threads=torch.get_num_threads(),
         kernels=torch.backends.cpu.get_cpu_capability(),
         own_kernels='compiled' if kernels.are_compiled() else 'absent',
@@ -289,6 +353,13 @@ def describe_machine(device: str) -> dict[str, Any]:
     loaded = {name: sys.modules[name] for name in _LIBRARIES if name in sys.modules}
     versions = {name: module.__version__ for name, module in loaded.items()}
     return machine | dict(versions=dict(python=platform.python_version(), **versions))
+
+
+def _cores() -> int | None:
+    """Count those that this process may use, as far as the system tells."""
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 def _processor() -> tuple[str, list[str]]:

@@ -23,8 +23,7 @@ from filelock import FileLock
 from mmengine.dataset import BaseDataset
 from rich.progress import track
 
-from mmcnv2.registry import DATASETS
-
+from ..registry import DATASETS
 from .scene_painter import SIDE, Scene, paint_scene
 from .scene_sprites import KINDS
 

@@ -10,8 +10,8 @@ from mmcv.transforms import BaseTransform
 from mmcv.transforms.utils import cache_randomness
 from mmengine.structures import BaseDataElement
 
-from mmcnv2.arguments import check_arguments
-from mmcnv2.registry import TRANSFORMS
+from ..arguments import check_arguments
+from ..registry import TRANSFORMS
 
 _ATTEMPTS = 10
 

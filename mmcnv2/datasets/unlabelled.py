@@ -11,8 +11,8 @@ from mmengine.dataset import BaseDataset, Compose
 from mmengine.fileio import join_path, list_from_file
 from mmengine.logging import print_log
 
-from mmcnv2.arguments import check_arguments
-from mmcnv2.registry import DATASETS
+from ..arguments import check_arguments
+from ..registry import DATASETS
 
 EXTENSIONS = frozenset(
     ['.bmp', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp']

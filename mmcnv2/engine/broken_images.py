@@ -9,8 +9,8 @@ from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.runner import Runner
 
-from mmcnv2.arguments import check_arguments
-from mmcnv2.registry import HOOKS
+from ..arguments import check_arguments
+from ..registry import HOOKS
 
 _FILE = 'broken_images.txt'
 _KEY = 'broken_images'

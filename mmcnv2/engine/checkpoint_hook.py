@@ -19,7 +19,8 @@ from mmengine.runner import Runner
 from ..arguments import check_arguments
 from ..registry import HOOKS
 from .checkpoint import PARTIAL, write_whole
-from .exact_resume import is_between_steps, share_gradients
+from .exact_resume import share_gradients
+from .runner_state import is_between_steps
 
 INTERRUPTED = 'interrupted.pth'
 
@@ -66,6 +67,7 @@ class CheckpointHook(_CheckpointHook):
             )
         self.stop_if_not_saved = stop_if_not_saved
         self._told_to_stop = False
+        self._handler: Any = signal.SIG_DFL  # of before
 
     def before_train(self, runner: Runner) -> None:
         """Look at what there is, and listen to SIGTERM."""
@@ -75,7 +77,7 @@ class CheckpointHook(_CheckpointHook):
             for path in Path(self.out_dir).glob(f'*.pth{PARTIAL}'):
                 with suppress(OSError):
                     path.unlink()
-        _listen(self._note_signal)
+        self._handler = _listen(self._note_signal)
 
     def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
         """Save if it is time to; stop if a signal has asked for it.
@@ -113,9 +115,9 @@ class CheckpointHook(_CheckpointHook):
         self._stop(runner, dict(epoch=runner.epoch, iter=runner.iter))
 
     def after_train(self, runner: Runner) -> None:
-        """Publish, as MMEngine does, and leave SIGTERM alone."""
+        """Publish, as MMEngine does, and leave SIGTERM to who had it before."""
         super().after_train(runner)
-        _listen(signal.SIG_DFL)
+        _listen(self._handler)
 
     def _note_signal(self, *_: Any) -> None:
         self._told_to_stop = True
@@ -216,10 +218,13 @@ class CheckpointHook(_CheckpointHook):
                 self.file_backend.rmtree(path)
 
 
-def _listen(handler: Any) -> None:
+def _listen(handler: Any) -> Any:
+    """Set who handles SIGTERM, and return who has until now."""
     # Python lets no other thread do so.
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)
+    if threading.current_thread() is not threading.main_thread():
+        return handler
+    # It knows nothing of one that was set from C.
+    return signal.signal(signal.SIGTERM, handler) or signal.SIG_DFL
 
 
 class _RemovesLater:

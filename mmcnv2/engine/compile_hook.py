@@ -6,11 +6,10 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from mmcnv2.arguments import check_arguments
-from mmcnv2.registry import HOOKS
-
-from .exact_resume import is_between_steps, unwrapped
+from ..arguments import check_arguments
+from ..registry import HOOKS
 from .feature_diversity import FeatureDiversityHook
+from .runner_state import is_between_steps, unwrapped
 
 
 @HOOKS.register_module()

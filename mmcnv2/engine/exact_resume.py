@@ -18,15 +18,13 @@ import torch
 from mmengine.dataset import worker_init_fn
 from mmengine.dist import all_reduce_params, get_rank
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
-from mmengine.optim import BaseOptimWrapper, OptimWrapperDict
 from mmengine.registry import DATA_SAMPLERS
 from mmengine.runner import EpochBasedTrainLoop as _EpochBasedTrainLoop
 from mmengine.runner import IterBasedTrainLoop, Runner
-from torch import nn
 from torch.utils.data import BatchSampler, Sampler
 
 from ..registry import FUNCTIONS, HOOKS, LOOPS
+from .runner_state import is_between_steps, unwrapped
 
 # What the message hub holds goes into checkpoints.
 _DONE = 'batches_of_epoch_done'
@@ -251,20 +249,6 @@ class ExactResumeHook(Hook):
             runner.val_loop.run()
 
 
-def is_between_steps(wrapper: BaseOptimWrapper) -> bool:
-    """Tell whether all gradients so far have led to a step of the optimizer.
-
-    Args:
-        wrapper: The optimizer, which may accumulate gradients.
-
-    Returns:
-        The answer.
-    """
-    parts = wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]
-    # DeepSpeed's accumulates out of sight.
-    return all(part.should_update() for part in parts if hasattr(part, 'should_update'))
-
-
 def share_gradients(runner: Runner) -> None:
     """Average gradients over all processes, of which one alone writes checkpoints.
 
@@ -345,18 +329,6 @@ def _protect_workers(loader: dict, runner: Runner) -> None:
 def _has_gradients(runner: Runner) -> bool:
     # Those of other runners may be spread over processes.
     return isinstance(runner, Runner) and not is_between_steps(runner.optim_wrapper)
-
-
-def unwrapped(model: Any) -> nn.Module:
-    """Return a model itself, without what spreads it over processes.
-
-    Args:
-        model: A runner's.
-
-    Returns:
-        The model.
-    """
-    return model.module if is_model_wrapper(model) else model
 
 
 def _seed_iteration(runner: Runner) -> None:

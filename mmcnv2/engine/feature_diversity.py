@@ -6,11 +6,10 @@ from typing import Any
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from mmcnv2.arguments import check_arguments
-from mmcnv2.evaluation.diversity import BLOCKS, NAMES, DiversityRecorder
-from mmcnv2.registry import HOOKS
-
-from .exact_resume import unwrapped
+from ..arguments import check_arguments
+from ..evaluation.diversity import BLOCKS, NAMES, DiversityRecorder
+from ..registry import HOOKS
+from .runner_state import unwrapped
 
 
 @HOOKS.register_module()

@@ -63,7 +63,17 @@ def add_config_arguments(parser: ArgumentParser) -> None:
 
 
 def config_path(text: str) -> str:
-    """Accept the path of a file that exists; a type for argparse."""
+    """Accept the path of a file that exists; a type for argparse.
+
+    Args:
+        text: What was given.
+
+    Returns:
+        The same.
+
+    Raises:
+        ArgumentTypeError: If there is no such file.
+    """
     if Path(text).is_file():
         return text
     raise ArgumentTypeError(
@@ -73,7 +83,17 @@ def config_path(text: str) -> str:
 
 
 def checkpoint_path(text: str) -> str:
-    """Accept the path of a file that exists, or a URL; a type for argparse."""
+    """Accept the path of a file that exists, or a URL; a type for argparse.
+
+    Args:
+        text: What was given.
+
+    Returns:
+        The same.
+
+    Raises:
+        ArgumentTypeError: If it is neither.
+    """
     if '://' in text or Path(text).expanduser().is_file():
         return text
     raise ArgumentTypeError(
@@ -83,7 +103,17 @@ def checkpoint_path(text: str) -> str:
 
 
 def read_config(args: Namespace) -> Config:
-    """Read the config that ``config`` and ``--cfg-options`` describe."""
+    """Read the config that ``config`` and ``--cfg-options`` describe.
+
+    Args:
+        args: Of :func:`add_config_arguments`.
+
+    Returns:
+        The config.
+
+    Raises:
+        SystemExit: If an option is nearly a setting of the config, and none.
+    """
     cfg = _Config()
     cfg.__setstate__(Config.fromfile(args.config).__getstate__())
     _check_names(args.cfg_options or {}, cfg)
@@ -92,7 +122,19 @@ def read_config(args: Namespace) -> Config:
 
 
 def load_config(args: Namespace) -> Config:
-    """Read the config, ready for the run that the common arguments describe."""
+    """Read the config, ready for the run that the common arguments describe.
+
+    It tells MMEngine by ``LOCAL_RANK`` which process of a machine this is.
+
+    Args:
+        args: Of :func:`add_common_arguments`.
+
+    Returns:
+        The config, with launcher and work dir.
+
+    Raises:
+        SystemExit: As of :func:`read_config`.
+    """
     # MMEngine takes the device of a process from Open MPI's name, that of its model
     # from torchrun's.
     local_rank = os.environ.get('OMPI_COMM_WORLD_LOCAL_RANK', str(args.local_rank))

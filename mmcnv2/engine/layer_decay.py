@@ -25,7 +25,8 @@ def num_layer_groups(depths: Sequence[int], decay_type: str = 'layer_wise') -> i
         decay_type (str): As in :func:`layer_group`. Defaults to 'layer_wise'.
 
     Returns:
-        int: Number of the last group.
+        int: Number of the last group. By 'stage_wise' it is that of 'layer_wise' too,
+        as in the official code, although stages end at 4.
     """
     if decay_type == 'block_wise':
         return sum(depths)

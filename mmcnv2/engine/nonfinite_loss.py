@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
-from mmcnv2.arguments import check_arguments
-from mmcnv2.registry import HOOKS
+from ..arguments import check_arguments
+from ..registry import HOOKS
 
 _ADVICE = (
     'Look at the pictures named and their annotations. Resume from the last checkpoint '

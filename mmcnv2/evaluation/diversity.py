@@ -12,7 +12,7 @@ import torch
 from mmengine.dist import all_reduce
 from torch import Tensor, nn
 
-from mmcnv2.models.layers import Block
+from ..models.layers import Block
 
 NAMES = ('distance', 'dead', 'saturated')
 BLOCKS = ('stages.*.*',)

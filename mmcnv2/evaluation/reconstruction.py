@@ -10,7 +10,7 @@ from mmengine.evaluator import BaseMetric
 from mmengine.logging import print_log
 from torch import Tensor
 
-from mmcnv2.registry import METRICS
+from ..registry import METRICS
 
 
 def hidden_psnr(

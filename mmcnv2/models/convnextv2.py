@@ -165,10 +165,10 @@ class ConvNeXtV2(BaseModule):
             ``gap_before_final_norm``, means over them, ``(N, dims[i])``.
 
         Raises:
-            ValueError: If the pictures or the mask have the wrong shape, if a picture
-                is hidden entirely, if pictures differ in their number of visible
-                patches, if that is not ``num_visible``, or if there is that number
-                and no mask.
+            ValueError: If the pictures or the mask have the wrong shape, if they are on
+                different devices, if a mask hides a picture entirely or there is none,
+                if pictures differ in their number of visible patches, if that is not
+                ``num_visible``, or if there is that number and no mask.
         """
         self._check_pictures(x)
         layout = self._layout(x, mask, num_visible)
@@ -303,7 +303,14 @@ def _check_sparse(sparse: str) -> None:
 
 
 def check_masked_size(x: Tensor) -> None:
-    """Raise a ``ValueError`` if pictures cannot be cut into patches."""
+    """Check that pictures can be cut into patches.
+
+    Args:
+        x (Tensor): Pictures, ``(N, C, H, W)``.
+
+    Raises:
+        ValueError: If they have another shape, or sides that are no multiples of 32.
+    """
     if x.dim() != 4:
         raise ValueError(
             f'pictures of shape (N, C, H, W) expected, but got {tuple(x.shape)}'
@@ -324,6 +331,13 @@ def _check_mask(x: Tensor, mask: Tensor) -> None:
         raise ValueError(
             f'a bool mask of shape {expected} expected, but got {mask.dtype} of shape '
             f'{tuple(mask.shape)}'
+        )
+    if n == 0:
+        raise ValueError('there are no pictures to mask; give one at least')
+    if mask.device != x.device:
+        raise ValueError(
+            f'the mask is on {mask.device} and the pictures on {x.device}; move the '
+            'mask there'
         )
 
 
@@ -437,6 +451,11 @@ def _resolve_init_cfg(init_cfg: dict | list[dict] | None) -> list[dict]:
     if init_cfg is None:
         return [INIT_CFG]
     cfgs = [init_cfg] if isinstance(init_cfg, dict) else init_cfg
+    if untyped := [c for c in cfgs if 'type' not in c]:
+        raise ValueError(
+            f"init_cfg holds {untyped[0]!r}, which has no type; give type='Pretrained' "
+            'for a checkpoint, or that of an initialiser of MMEngine'
+        )
     loaders = [c for c in cfgs if c['type'] in ('Pretrained', PretrainedInit)]
     others = [c for c in cfgs if c not in loaders]
     return [*others, *({**c, 'type': 'mmcnv2.PretrainedBackbone'} for c in loaders)]

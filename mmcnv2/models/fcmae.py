@@ -22,8 +22,9 @@ class FCMAE(BaseModel):
     """Fully convolutional masked autoencoder.
 
     Args:
-        backbone (dict): The encoder, a :class:`ConvNeXtV2`. Its ``out_indices`` and
-            ``output_norm`` are set here: the last stage alone, without output norm.
+        backbone (dict): The encoder, a :class:`ConvNeXtV2`. Its ``out_indices``,
+            ``output_norm`` and ``gap_before_final_norm`` are set here: the last stage
+            alone, as it is.
         neck (dict): The decoder, a :class:`FCMAEDecoder`; its ``in_channels``,
             ``picture_channels`` and ``use_grn`` follow from the backbone.
         head (dict): The loss, a :class:`FCMAEHead`.
@@ -355,11 +356,11 @@ class FCMAEInit:
 
 
 def _build_encoder(backbone: dict) -> ConvNeXtV2:
-    ours = dict(out_indices=(-1,), output_norm=False)
+    ours = dict(out_indices=(-1,), output_norm=False, gap_before_final_norm=False)
     if given := [name for name in ours if name in backbone]:
         raise ValueError(
-            f'FCMAE takes the last stage of its backbone, without output norm, so it '
-            f'sets {" and ".join(ours)} itself; leave {" and ".join(given)} out'
+            'FCMAE takes the last stage of its backbone as it is, so it sets '
+            f'{", ".join(ours)} itself; leave {", ".join(given)} out'
         )
     kind = backbone.get('type')
     kind = MODELS.get(kind) if isinstance(kind, str) else kind

@@ -6,7 +6,7 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
-from .shortcuts import is_traced
+from .shortcuts import is_traced, is_transformed
 
 EPS = 1e-6
 # Elements of a part, of which a CPU's cache holds several; GPUs want few kernels.
@@ -53,8 +53,8 @@ def normalise(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
         Tensor: ``gamma * (x * N(x)) + beta + x``, shape and dtype of ``x``.
     """
     gamma, beta = gamma.flatten(), beta.flatten()
-    # TorchScript cannot save functions of our own.
-    if torch.jit.is_tracing():
+    # TorchScript cannot save functions of our own, nor ``torch.func`` transform them.
+    if torch.jit.is_tracing() or is_transformed():
         return _scale_and_shift(x, scale_of(gamma, _norms(x)), beta)
     return _GRNFunction.apply(x, gamma, beta)
 
@@ -89,7 +89,7 @@ class _GRNFunction(torch.autograd.Function):
 
 def _norms(x: Tensor) -> Tensor:
     """Return the norms over positions, with a dimension of 1 for each of theirs."""
-    if x.device.type == 'cpu' and not is_traced():
+    if x.device.type == 'cpu' and not (is_traced() or is_transformed()):
         return sum_of_products(x, x).sqrt_()
     dtype = torch.promote_types(x.dtype, torch.float32)
     return torch.linalg.vector_norm(x, dim=_positions(x), keepdim=True, dtype=dtype)
@@ -114,7 +114,15 @@ def _mean(norm: Tensor) -> Tensor:
 
 
 def scale_of(gamma: Tensor, norm: Tensor) -> Tensor:
-    """Scale by each channel's norm in relation to the mean of all (algorithm 1)."""
+    """Scale by each channel's norm in relation to the mean of all (algorithm 1).
+
+    Args:
+        gamma (Tensor): ``(C,)``.
+        norm (Tensor): The channels' norms, ``(N, ..., C)``, 1 for each position.
+
+    Returns:
+        Tensor: What features are multiplied by, of the shape of ``norm``.
+    """
     return gamma * (norm / _mean(norm)) + 1
 
 
@@ -123,6 +131,13 @@ def sum_of_products(a: Tensor, b: Tensor) -> Tensor:
 
     On CPUs this takes a third to a twentieth of the time of PyTorch's vector_norm, and
     of the memory of its sums. Compilers make one loop of it anyway.
+
+    Args:
+        a (Tensor): ``(N, ..., C)``.
+        b (Tensor): The same.
+
+    Returns:
+        Tensor: ``(N, ..., C)``, 1 for each position.
     """
     dtype = torch.promote_types(a.dtype, torch.float32)
     if is_traced():
@@ -134,14 +149,28 @@ def sum_of_products(a: Tensor, b: Tensor) -> Tensor:
 
 
 def total(parts: Iterable[Tensor]) -> Tensor:
-    """Sum tensors of one shape; a single one is its own sum."""
+    """Sum tensors.
+
+    Args:
+        parts (Iterable[Tensor]): One at least, of one shape.
+
+    Returns:
+        Tensor: The sum; of a single one itself.
+    """
     return reduce(torch.add, parts)
 
 
 def through_scale(grad: Tensor, gamma: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
     """Go from the gradient of the scale to those of gamma and of the features.
 
-    The latter is a multiple of the features, by channel, which is returned.
+    Args:
+        grad (Tensor): That of :func:`scale_of`, ``(N, ..., C)``, 1 for each position.
+        gamma (Tensor): ``(C,)``.
+        norm (Tensor): The channels' norms, as ``grad``.
+
+    Returns:
+        tuple[Tensor, Tensor]: The gradient of gamma, ``(C,)``, and so much of
+        themselves features add to theirs by way of the scale, as ``grad``.
     """
     mean = _mean(norm)
     of_gamma = grad * (norm / mean)

@@ -11,10 +11,10 @@ from .grn import GRN, normalise
 from .shortcuts import (
     autocast,
     dtype_of,
-    is_exported,
     is_ordinary,
     is_plain,
     is_traced,
+    only_takes_pytorch,
 )
 
 
@@ -39,17 +39,22 @@ def is_quicker_by_parts(
     dtypes = [torch.float32, torch.float64]
     dtypes += [] if torch.is_grad_enabled() else [torch.bfloat16]
     fits = x.is_cpu and is_ordinary(x) and dtype_of(x) in dtypes and x.numel() > 0
-    if not fits or is_exported(x):
+    if not fits or only_takes_pytorch(x):
         return False
-    return are_as_built(pwconv1, act, grn, pwconv2)
+    return are_as_built(x.shape[-1], pwconv1, act, grn, pwconv2)
 
 
 def are_as_built(
-    pwconv1: nn.Module, act: nn.Module, grn: nn.Module, pwconv2: nn.Module
+    channels: int,
+    pwconv1: nn.Module,
+    act: nn.Module,
+    grn: nn.Module,
+    pwconv2: nn.Module,
 ) -> bool:
     """Tell whether these are the layers that a block was built with, unobserved.
 
     Args:
+        channels (int): Those of the features.
         pwconv1 (nn.Module): What stands in the place of the expansion.
         act (nn.Module): In that of GELU.
         grn (nn.Module): In that of GRN.
@@ -58,10 +63,18 @@ def are_as_built(
     Returns:
         bool: Whether they are.
     """
-    linears = is_plain(pwconv1, nn.Linear) and is_plain(pwconv2, nn.Linear)
-    if not linears or pwconv1.bias is None or pwconv2.bias is None:
+    if not is_plain(pwconv1, nn.Linear) or not is_plain(pwconv2, nn.Linear):
         return False
-    return is_plain(grn, GRN) and is_plain(act, nn.GELU) and act.approximate == 'none'
+    if not is_plain(act, nn.GELU) or act.approximate != 'none':
+        return False
+    if not is_plain(grn, GRN) or pwconv1.bias is None or pwconv2.bias is None:
+        return False
+    # Kernels would not notice; PyTorch's operations tell what is wrong.
+    wide = len(pwconv1.weight)
+    shapes = [x.shape for x in (pwconv1.weight, pwconv2.weight, pwconv2.bias)]
+    sizes = [x.numel() for x in (pwconv1.bias, grn.gamma, grn.beta)]
+    fitting = [(wide, channels), (channels, wide), (channels,)]
+    return shapes == fitting and sizes == [wide] * 3
 
 
 def expand_and_project(
@@ -128,7 +141,17 @@ def _differentiable_gradients(ctx, grad: Tensor) -> Iterator[Tensor | None]:
 def differentiate(
     out: Tensor, inputs: Sequence[Tensor], needed: Sequence[bool], grad: Tensor
 ) -> Iterator[Tensor | None]:
-    """Go back to those inputs that need gradients, which get a graph of their own."""
+    """Go back to those inputs that need gradients, which get a graph of their own.
+
+    Args:
+        out (Tensor): What was computed of them, by operations with a graph.
+        inputs (Sequence[Tensor]): The inputs.
+        needed (Sequence[bool]): Whether each needs one.
+        grad (Tensor): The gradient of ``out``.
+
+    Returns:
+        Iterator[Tensor | None]: A gradient or None for each input.
+    """
     wanted = [each for each, needs in zip(inputs, needed, strict=True) if needs]
     grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
     return (next(grads) if needs else None for needs in needed)

@@ -1,8 +1,12 @@
 """When layers may be computed by quicker means than one after the other."""
 
+from typing import TypeGuard, TypeVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as modules
+
+M = TypeVar('M', bound=nn.Module)
 
 # Before, it told of exporting under torch.compile too.
 _TELLS_EXPORTS = torch.__version__ >= '2.13'
@@ -24,21 +28,29 @@ def is_recorded(x: Tensor) -> bool:
     return is_traced() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def is_exported(x: Tensor) -> bool:
-    """Tell whether what is traced leaves PyTorch, where kernels of ours are unknown.
+def is_transformed() -> bool:
+    """Tell whether a transform of ``torch.func`` looks on.
 
-    Strict exports compile. Where PyTorch cannot tell them apart, compiling is taken for
-    exporting on CPUs, from which most are exported. So are the transforms of
-    ``torch.func``, in which kernels would know neither batches nor wanted gradients.
+    Functions of ours would know neither batches nor which gradients are wanted there.
     """
+    return torch._C._are_functorch_transforms_active()
+
+
+def only_takes_pytorch(x: Tensor) -> bool:
+    """Tell whether PyTorch's own operations are all that may be done to a tensor.
+
+    So it is in transforms, and where a model is exported, to where kernels of ours are
+    unknown. Strict exports compile. Where PyTorch cannot tell them apart, compiling is
+    taken for exporting on CPUs, from which most are exported.
+    """
+    if is_transformed():
+        return True
     if not torch.compiler.is_dynamo_compiling():
         return is_traced()
-    if torch._C._are_functorch_transforms_active():
-        return True
     return torch.compiler.is_exporting() if _TELLS_EXPORTS else x.is_cpu
 
 
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+def is_plain(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
     """Tell whether a module is what its class says, and nobody would miss its call.
 
     Args:

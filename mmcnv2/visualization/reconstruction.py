@@ -14,8 +14,8 @@ from mmengine.structures import BaseDataElement
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from mmcnv2.arguments import check_arguments
-from mmcnv2.registry import HOOKS
+from ..arguments import check_arguments
+from ..registry import HOOKS
 
 HEADER = ('original', 'masked input', 'reconstruction')
 _HIDDEN = 128

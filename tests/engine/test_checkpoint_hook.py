@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -168,3 +169,15 @@ def test_none_that_can_be_read(run: Path) -> None:
 
 def test_no_checkpoint_at_all(tmp_path: Path) -> None:
     assert find_resumable(str(tmp_path)) is None
+
+
+def test_who_handled_sigterm_before_does_so_again(tmp_path: Path) -> None:
+    def handler(*_: Any) -> None:
+        """One of the program that trains."""
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        train(tmp_path, 1)
+        assert signal.getsignal(signal.SIGTERM) is handler
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -406,6 +406,22 @@ def test_compiles_what_functions_are_transformed_to(to_one_graph):
         torch.testing.assert_close(out[:, 0], model(image)[0], rtol=1e-4, atol=1e-4)
 
 
+def test_functions_are_transformed():
+    """By ``torch.func``: gradients of each picture by itself."""
+    model = randomise(ConvNeXtV2(EIGHTS, out_indices=(1,)))
+    image, params = torch.randn(3, 3, 64, 96), dict(model.named_parameters())
+
+    def loss(params, image):
+        (out,) = func.functional_call(model, params, (image[None],))
+        return out.square().sum()
+
+    found = func.vmap(func.grad(loss), in_dims=(None, 0))(params, image)
+    for i, picture in enumerate(image):
+        expected = torch.autograd.grad(loss(params, picture), list(params.values()))
+        grads = [each[i] for each in found.values()]
+        torch.testing.assert_close(grads, list(expected), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize('strict', [True, False])
 def test_exports_what_runs_without_us(strict):
     model, image = randomise(ConvNeXtV2(EIGHTS)).eval(), torch.randn(2, 3, 64, 96)
@@ -462,6 +478,7 @@ def test_exports_to_onnx():
         (dict(out_indices=(3, -1)), 'different stages'),
         (dict(frozen_stages=5), 'frozen_stages is 5; give it from -1'),
         (dict(drop_path_rate=1.0), r'drop_path_rate is 1.0; give it in \[0, 1\)'),
+        (dict(init_cfg=dict(checkpoint='a.pth')), r"has no type; give .*'Pretrained'"),
     ],
 )
 def test_wrong_arguments(kwargs, message):

@@ -355,9 +355,10 @@ def test_predict_with_samples_that_do_not_know_their_place():
     assert torch.equal(found.mask, mask[0])
 
 
-def test_what_fcmae_sets_itself_may_not_be_given():
-    cfg = dict(fcmae_cfg(), backbone=dict(type='ConvNeXtV2', output_norm=True))
-    with pytest.raises(ValueError, match=r'itself; leave output_norm out'):
+@pytest.mark.parametrize('name', ['output_norm', 'gap_before_final_norm'])
+def test_what_fcmae_sets_itself_may_not_be_given(name):
+    cfg = dict(fcmae_cfg(), backbone={'type': 'ConvNeXtV2', name: True})
+    with pytest.raises(ValueError, match=f'itself; leave {name} out'):
         MODELS.build(cfg)
 
 

@@ -60,6 +60,8 @@ def test_squares_in_16_bits(shape, in_place):
     squares = expected.square().sum(1, keepdim=True)
     assert sums.dtype == torch.float32
     torch.testing.assert_close(sums.double(), squares, rtol=2**-7, atol=1e-6)
+    # They are of GELU as it is rounded.
+    assert_close(sums, active.double().square().sum(1, keepdim=True))
     assert (active is x) == in_place
 
 

@@ -302,7 +302,7 @@ def test_where_triton_cannot_start_pytorch_computes(gpu, monkeypatch):
 
     device = torch.device(DEVICE)
     monkeypatch.setattr(kernels, 'on_device_of', mlp_on_gpu.on_device_of, raising=False)
-    monkeypatch.setattr(kernels, 'mlp', gpu, raising=False)
+    monkeypatch.setattr(kernels, 'gpu_mlp', gpu, raising=False)
     kernels._is_working.cache_clear()
     assert kernels._is_working(device)
     kernels._is_working.cache_clear()

@@ -198,6 +198,10 @@ def test_wrong_masks():
         model(image, torch.zeros(2, 2, 3, dtype=torch.bool), num_visible=5)
     with pytest.raises(ValueError, match='num_visible is 6, but there is no mask'):
         model(image, num_visible=6)
+    with pytest.raises(ValueError, match='there are no pictures to mask'):
+        model(image[:0], torch.zeros(0, 2, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match='mask is on cpu and the pictures on meta'):
+        model(image.to('meta'), torch.zeros(2, 2, 3, dtype=torch.bool))
 
 
 @pytest.mark.parametrize('arch', [ODD, CUSTOM], ids=['odd', 'custom'])
@@ -297,6 +301,25 @@ def test_convolutions_may_be_observed(name):
     for out, other in zip(model(image, mask), expected, strict=True):
         torch.testing.assert_close(out, other)
     assert seen[0].shape[1] == len(conv.weight)
+
+
+@pytest.mark.parametrize('arch', [CUSTOM, ODD], ids=['eights', 'odd'])
+def test_functions_are_transformed(arch):
+    """By ``torch.func``: the gradient, and one picture after the other."""
+    model, image = encoder(arch, torch.float32), torch.randn(2, 3, 96, 64)
+    params, mask = dict(model.named_parameters()), random_mask(2, 3, 2, 0.5)
+
+    def loss(params):
+        outs = torch.func.functional_call(model, params, (image, mask))
+        return sum(out.square().sum() for out in outs)
+
+    expected = torch.autograd.grad(loss(params), list(params.values()))
+    found = [*torch.func.grad(loss)(params).values()]
+    torch.testing.assert_close(found, [*expected], rtol=1e-3, atol=1e-3)
+    one = mask[:1]
+    outs = torch.func.vmap(lambda x: model(x[None], one))(image)
+    for found, other in zip(outs, model(image, one.expand(2, -1, -1)), strict=True):
+        torch.testing.assert_close(found[:, 0], other, rtol=1e-4, atol=1e-4)
 
 
 class Halved(torch.nn.Conv2d):

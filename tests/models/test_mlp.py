@@ -333,3 +333,40 @@ def test_one_wide_tensor_is_kept():
     ):
         block(x, DenseLayout())
     assert sum(shape.numel() == 4 * x.numel() for shape in kept) == 1
+
+
+@pytest.mark.parametrize(
+    ('name', 'layer'),
+    [
+        ('pwconv1', nn.Linear(16, 32)),
+        ('pwconv1', nn.Linear(8, 24)),
+        ('grn', GRN(24)),
+        ('grn', GRN(40)),
+        ('pwconv2', nn.Linear(24, 8)),
+        ('pwconv2', nn.Linear(32, 16)),
+    ],
+    ids=str,
+)
+def test_layers_that_do_not_fit_are_an_error(name, layer):
+    """Kernels would read and write past the ends."""
+    block, x = Block(8), torch.randn(2, 3, 4, 8)
+    setattr(block, name, layer)
+    with pytest.raises(RuntimeError, match=r'shape|size'):
+        block(x, DenseLayout())
+
+
+@pytest.mark.parametrize('name', ['pwconv1.bias', 'pwconv2.bias', 'grn.beta'])
+def test_parameters_that_do_not_fit_are_an_error(name):
+    block, x = Block(8), torch.randn(2, 3, 4, 8)
+    block.get_parameter(name).data = torch.zeros(4)
+    with pytest.raises(RuntimeError, match=r'shape|size'):
+        block(x, DenseLayout())
+
+
+def test_layers_may_be_pruned():
+    block, x = Block(8), torch.randn(2, 3, 4, 8)
+    block.pwconv1, block.grn, block.pwconv2 = layers(8, 24, torch.float32)
+    y = block.norm(x)
+    torch.testing.assert_close(
+        block.mlp(x), plain(y, block.pwconv1, block.grn, block.pwconv2)
+    )

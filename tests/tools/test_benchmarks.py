@@ -329,15 +329,18 @@ def test_floor(figures: Callable) -> None:
 
 
 @pytest.mark.parametrize(
-    ('given', 'message'),
+    ('name', 'given', 'message'),
     [
-        (['--dtype', 'bfloat16'], 'give --models upernet'),
-        (['--cfg-options', 'decode_head.channels=16'], 'name it in --models'),
+        ('heads', '--dtype bfloat16', 'give --models upernet'),
+        ('heads', '--cfg-options decode_head.channels=16', 'name it in --models'),
+        ('backbone', '--size 800 1000 1216', '--size takes height and width'),
+        ('backbone', '--device mps', 'invalid choice'),
+        ('growth', '--device cuda --processes 1 1000', '1000 processes need as many'),
     ],
 )
-def test_heads_say_what_cannot_be(
-    run_here: RunHere, capsys: Output, given: list[str], message: str
+def test_say_what_cannot_be(
+    run_here: RunHere, capsys: Output, name: str, given: str, message: str
 ) -> None:
     with pytest.raises(SystemExit):
-        run_here('benchmarks/heads.py', *given)
+        run_here(f'benchmarks/{name}.py', *given.split())
     assert message in capsys.readouterr().err

@@ -93,7 +93,7 @@ def count(model: nn.Module, pictures: Tensor) -> Count:
     )
 
 
-def count_visible(model: FCMAE, pictures: Tensor) -> Count:
+def count_packed(model: FCMAE, pictures: Tensor) -> Count:
     if model.backbone.sparse != 'packed':
         raise SystemExit(
             'What MinkowskiEngine computes is not counted. Count the same model '
@@ -146,7 +146,7 @@ def main() -> None:
     what = f'One picture of {height} x {width} pixels'
     if isinstance(model, FCMAE):
         print(f'{what}, {model.mask_ratio:.0%} of it hidden:\n')
-        report(model, count_visible(model, pictures))
+        report(model, count_packed(model, pictures))
     else:
         print(f'{what}:\n')
         report(model, count(model, pictures))

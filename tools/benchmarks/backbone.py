@@ -18,6 +18,7 @@ from mmcnv2.benchmarks.timing import (
     Contender,
     add_against,
     add_arguments,
+    add_size,
     autocast,
     check_agreement,
     difference,
@@ -26,9 +27,7 @@ from mmcnv2.benchmarks.timing import (
 )
 
 # Pictures of a step, and their sides.
-MODES: dict[str, tuple[int, list[int]]] = dict(
-    training=(8, [224]), inference=(1, [800, 1216])
-)
+MODES = dict(training=(8, (224, 224)), inference=(1, (800, 1216)))
 # How the pictures and weights lie in memory.
 FORMS = dict(
     plain=torch.contiguous_format,
@@ -52,13 +51,9 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_arguments(parser, batch_size=None, several_dtypes=True)
-    parser.add_argument(
-        '--size',
-        type=int,
-        nargs='+',
-        metavar='SIDE',
-        help='height and width of a picture, or one side of a square; by default 8 '
-        'pictures of 224 in training, and one of 800 1216 at inference',
+    add_size(
+        parser,
+        'by default 8 pictures of 224 in training, and one of 800 1216 at inference',
     )
     parser.add_argument('--modes', choices=MODES, nargs='+', default=list(MODES))
     parser.add_argument(
@@ -74,8 +69,7 @@ def parse_args() -> argparse.Namespace:
 
 def draw_pictures(mode: str, args: argparse.Namespace) -> Tensor:
     batch_size, size = MODES[mode]
-    size = args.size or size
-    shape = (args.batch_size or batch_size, 3, size[0], size[-1])
+    shape = (args.batch_size or batch_size, 3, *(args.size or size))
     return torch.randn(shape, device=args.device)
 
 

@@ -19,8 +19,8 @@ from mmcnv2.benchmarks.timing import (
     table,
 )
 from mmcnv2.models import ARCHITECTURES
+from mmcnv2.models.fcmae import count_visible
 from mmcnv2.models.linear import linear
-from mmcnv2.models.tiles import STRIDE
 
 COLUMNS = {
     'what': '{what}',
@@ -44,15 +44,15 @@ def parse_args() -> argparse.Namespace:
     add_arguments(parser, rounds=15)
     parser.add_argument('--size', type=int, default=224, help='side of a picture')
     parser.add_argument('--mask-ratio', type=float, default=0.6)
-    parser.add_argument('--side', type=int, default=2048, help='of the square product')
-    parser.add_argument('--mib', type=int, default=256, help='what is copied')
+    parser.add_argument('--side', type=int, default=2048, help='of the large product')
+    parser.add_argument('--mib', type=int, default=256, help='how much is copied')
     return parser.parse_args()
 
 
 def count(args: argparse.Namespace) -> list[dict]:
     """Count the operations of each stage, forward and backward, where it is visible."""
-    grid = (args.size // STRIDE) ** 2
-    visible = args.batch_size * int(grid * (1 - args.mask_ratio) + 1e-6)
+    picture = torch.empty(1, 3, args.size, args.size, device='meta')
+    visible = args.batch_size * count_visible(picture, args.mask_ratio)
     arch = ARCHITECTURES[args.arch]
     stages = []
     for i, (depth, dim) in enumerate(zip(arch['depths'], arch['dims'], strict=True)):

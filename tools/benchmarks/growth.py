@@ -83,7 +83,19 @@ def parse_args() -> argparse.Namespace:
             name, type=kind, nargs='+', default=default, help=f'default: {told}'
         )
     parser.add_argument('--plot', type=Path, help='file for a plot, .png or .svg')
-    return parser.parse_args()
+    args = parser.parse_args()
+    if 'processes' in args.by and torch.device(args.device).type == 'cuda':
+        check_gpus(parser, max(args.processes))
+    return args
+
+
+def check_gpus(parser: argparse.ArgumentParser, processes: int) -> None:
+    """Refuse more processes than GPUs now, rather than when all else is measured."""
+    if processes > (gpus := torch.cuda.device_count()):
+        parser.error(
+            f'{processes} processes need as many GPUs, and there are {gpus}; give '
+            'fewer by --processes, or leave processes out of --by'
+        )
 
 
 def build_encoders(args: argparse.Namespace) -> dict[str, nn.Module]:

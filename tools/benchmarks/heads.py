@@ -24,6 +24,7 @@ from mmcnv2.benchmarks.networks import build_ours, other_backbones
 from mmcnv2.benchmarks.timing import (
     Contender,
     add_arguments,
+    add_size,
     autocast,
     check_agreement,
     difference,
@@ -34,9 +35,9 @@ from mmcnv2.models import ARCHITECTURES
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs' / '_base_' / 'models'
 # Their scopes, and the sides of a picture.
-MODELS_OF: dict[str, tuple[str, list[int]]] = {
-    'mask-rcnn': ('mmdet', [800, 1216]),
-    'upernet': ('mmseg', [512, 512]),
+MODELS_OF = {
+    'mask-rcnn': ('mmdet', (800, 1216)),
+    'upernet': ('mmseg', (512, 512)),
 }
 # Pictures of a step; UperNet's norms cannot be trained on a single one.
 MODES = dict(training=2, inference=1)
@@ -56,14 +57,10 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_arguments(parser, batch_size=None, rounds=5)
-    parser.add_argument(
-        '--size',
-        type=int,
-        nargs='+',
-        metavar='SIDE',
-        help='height and width of a picture, or one side of a square; 800 1216 for '
-        'Mask R-CNN and 512 for UperNet if left out, and --batch-size is 2 in training '
-        'and 1 at inference',
+    add_size(
+        parser,
+        '800 1216 for Mask R-CNN and 512 for UperNet if left out, and --batch-size is '
+        '2 in training and 1 at inference',
     )
     parser.add_argument(
         '--models', choices=MODELS_OF, nargs='+', default=list(MODELS_OF)
@@ -136,8 +133,7 @@ def draw_batch(
     name: str, mode: str, model: nn.Module, args: argparse.Namespace
 ) -> dict:
     """Draw pictures and labels, as a data loader gives them."""
-    size = args.size or MODELS_OF[name][1]
-    height, width = size[0], size[-1]
+    height, width = args.size or MODELS_OF[name][1]
     count = args.batch_size or MODES[mode]
     if name == 'mask-rcnn':
         from mmdet.testing import demo_mm_inputs

@@ -12,10 +12,16 @@ from statistics import median
 from typing import Any
 
 import psutil
+from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from mmcnv2.engine.launch import add_common_arguments, build_runner, load_config
+from mmcnv2.engine.launch import (
+    add_common_arguments,
+    build_runner,
+    leave_process_group,
+    load_config,
+)
 
 _COLUMNS = ('main MiB', 'workers MiB', 'files', 'processes')
 
@@ -83,8 +89,12 @@ def main() -> None:
     args = parse_args()
     runner = build_runner(load_config(args))
     hook = GrowthHook(args.interval)
-    runner.register_hook(hook, priority='LOWEST')
+    if is_main_process():
+        runner.register_hook(hook, priority='LOWEST')
     runner.train()
+    leave_process_group()
+    if hook not in runner.hooks:
+        return
     if len(hook.rows) < 4:
         raise SystemExit(
             f'{runner.iter} iterations are too few for --interval {args.interval}: '

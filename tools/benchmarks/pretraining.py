@@ -63,13 +63,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--mask-ratio', type=float, default=0.6)
     masked = [name for name in OTHERS if name != 'dense']
     add_against(parser, masked, default=['dense-masked'])
-    parser.add_argument('--workers', type=int, default=2, help='that load pictures')
-    parser.add_argument('--steps', type=int, default=20, help='of a turn')
-    parser.add_argument('--pictures', type=int, default=256, help='JPEG files')
+    parser.add_argument('--workers', type=int, default=2, help='loader processes')
+    parser.add_argument('--steps', type=int, default=20, help='steps in a turn')
+    parser.add_argument('--pictures', type=int, default=256, help='files to paint')
     parser.add_argument(
         '--picture-size', type=int, nargs=2, default=[375, 500], help='height, width'
     )
-    parser.add_argument('--quality', type=int, default=90, help="the files' own")
+    parser.add_argument('--quality', type=int, default=90, help='of the JPEG files')
     return parser.parse_args()
 
 

@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..shortcuts import is_exported, is_ordinary, is_traced
+from ..shortcuts import is_ordinary, is_traced, only_takes_pytorch
 from ..tiles import Tiles
 from . import cpu, operators
 
@@ -20,8 +20,9 @@ HAS_TRITON = False
 # Triton 3.2, which belongs to PyTorch 2.6, cannot compile them.
 if torch.version.cuda and torch.__version__ >= '2.7':
     with suppress(ImportError):
-        from .gpu import depthwise as gpu
-        from .gpu import mlp, on_device_of
+        from .gpu import depthwise as gpu_depthwise
+        from .gpu import mlp as gpu_mlp
+        from .gpu import on_device_of
 
         HAS_TRITON = True
 
@@ -50,13 +51,13 @@ def fit(x: Tensor, *others: Tensor) -> bool:
     Returns:
         bool: Whether all tensors are ordinary memory of a device for which there are
         kernels; on CPUs they take channels in multiples of 8. While a model is exported
-        none does (but for strict exports from GPUs, which PyTorch before 2.13 cannot
-        tell from compiling).
+        or a function transformed by ``torch.func`` none does (but for strict exports
+        from GPUs, which PyTorch before 2.13 cannot tell from compiling).
     """
     tensors = x, *others
     if not all(each.device == x.device and is_ordinary(each) for each in tensors):
         return False
-    if is_exported(x):
+    if only_takes_pytorch(x):
         return False
     if x.is_cpu:
         return cpu.is_loaded() and x.shape[-1] % cpu.LANES == 0
@@ -74,7 +75,7 @@ def _is_working(device: torch.device) -> bool:
     one = torch.ones(1, 1, 1, dtype=torch.float32, device=device)
     try:
         with on_device_of(one):
-            mlp.grn_scale(one, one, eps=1.0)
+            gpu_mlp.grn_scale(one, one, eps=1.0)
     # In whichever of many ways it fails.
     except Exception as error:
         warnings.warn(
@@ -163,5 +164,5 @@ def sum_gradients(
 
 def _kernels_for(x: Tensor) -> ModuleType:
     if not x.is_cpu:
-        return gpu
+        return gpu_depthwise
     return operators if is_traced() else cpu

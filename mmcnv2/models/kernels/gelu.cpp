@@ -113,7 +113,8 @@ INLINE void share_of_squares(Shape shape, const T* x, T* out, float* sums, int t
   const auto each = [=](int64_t place, int64_t, int64_t) ALWAYS_INLINE {
     const Lanes value = load(x + place), active = value * below(value);
     store(out + place, active);
-    return Values<1>{active * load(out + place)};
+    const Lanes rounded = load(out + place);
+    return Values<1>{rounded * rounded};
   };
   for_chunks<1>(shape, thread, threads, sums, each);
 }

@@ -18,10 +18,10 @@ class DenseLayout:
     def depthwise(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
         if is_quicker_by_tiles(conv, x):
             return convolve_tiles(conv, x, tiles=None)
-        return self.downsample(conv, x)
+        return self._convolve(conv, x)
 
     def downsample(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
-        return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self._convolve(conv, x)
 
     def output(self, x: Tensor) -> Tensor:
         """Return ``(N, C, H, W)`` in plain memory order.
@@ -30,3 +30,6 @@ class DenseLayout:
         a channels-last tensor for another picture.
         """
         return x.permute(0, 3, 1, 2).contiguous()
+
+    def _convolve(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
+        return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

@@ -112,7 +112,8 @@ class MinkowskiLayout(PackedLayout):
         tokens = self.engine.SparseTensor(
             features, coordinate_map_key=key, coordinate_manager=self.manager
         )
-        out = functional_call(module, dict(kernel=kernel), (tokens, out_key)).F + bias
+        out = functional_call(module, dict(kernel=kernel), (tokens, out_key)).F
+        out = out if bias is None else out + bias
         return out.index_select(0, out_order.argsort()).unflatten(0, (len(x), -1))
 
     def _map(self, side: int) -> tuple[Any, Tensor]:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..depthwise import convolve_tiles, is_depthwise, is_quicker_by_tiles
-from ..shortcuts import autocast, is_plain, is_traced
+from ..shortcuts import autocast, is_plain, is_traced, only_takes_pytorch
 from ..tiles import STRIDE, Tiles
 
 
@@ -25,7 +25,7 @@ class PackedLayout:
     """
 
     def __init__(self, mask: Tensor, num_visible: int) -> None:
-        self.visible = ~mask
+        self.grid = mask.shape
         first = torch.arange(len(mask), device=mask.device) * mask.flatten(1).shape[1]
         self.patches = (find_visible(mask, num_visible) + first[:, None]).flatten()
         self._tiles_by_side: dict[int, Tiles] = {}
@@ -37,7 +37,7 @@ class PackedLayout:
                 self._tiles(side)
 
     def stem(self, conv: nn.Conv2d, image: Tensor) -> Tensor:
-        _, h, w = self.visible.shape
+        _, h, w = self.grid
         patches = image.unflatten(3, (w, -1)).unflatten(2, (h, -1))
         visible = patches.permute(0, 2, 4, 3, 5, 1)[self._places()]
         return self._convolve(conv, visible, STRIDE)
@@ -45,7 +45,8 @@ class PackedLayout:
     def depthwise(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
         if is_quicker_by_tiles(conv, x):
             return convolve_tiles(conv, x, self._tiles(self._side(x)))
-        if is_traced() or not is_depthwise(conv, x.shape[-1]):
+        traced = is_traced() or only_takes_pytorch(x)
+        if traced or not is_depthwise(conv, x.shape[-1]):
             return self.pick(conv(self.fill(x)), x)
         return _ConvolveInPictures.apply(*autocast(x, conv), self)
 
@@ -58,12 +59,12 @@ class PackedLayout:
         if not _merges_squares(conv):
             tiles = x.reshape(-1, side, side, channels).permute(0, 3, 1, 2)
             out = conv(tiles).permute(0, 2, 3, 1)
-            return out.reshape(len(self.visible), -1, out.shape[-1])
+            return out.reshape(self.grid[0], -1, out.shape[-1])
         # A product of matrices.
         height, width = conv.kernel_size
         squares = x.reshape(-1, side // height, height, side // width, width, channels)
         weight = conv.weight.permute(0, 2, 3, 1).flatten(1)
-        rows = squares.transpose(2, 3).reshape(len(self.visible), -1, weight.shape[1])
+        rows = squares.transpose(2, 3).reshape(self.grid[0], -1, weight.shape[1])
         return functional.linear(rows, weight, conv.bias)
 
     def output(self, x: Tensor) -> Tensor:
@@ -72,15 +73,13 @@ class PackedLayout:
 
     def _places(self) -> tuple[Tensor, Tensor, Tensor]:
         """Picture, row and column of each visible patch."""
-        _, h, w = self.visible.shape
+        _, h, w = self.grid
         return self.patches // (h * w), self.patches // w % h, self.patches % w
 
     def _tiles(self, side: int) -> Tiles:
         """How tokens lie at a stage, whose blocks share it."""
         if side not in self._tiles_by_side:
-            self._tiles_by_side[side] = Tiles.of_patches(
-                self.visible.shape, self.patches, side
-            )
+            self._tiles_by_side[side] = Tiles.of_patches(self.grid, self.patches, side)
         return self._tiles_by_side[side]
 
     def _side(self, x: Tensor) -> int:
@@ -92,7 +91,7 @@ class PackedLayout:
     def fill(self, x: Tensor) -> Tensor:
         """Put tokens ``(N, T, C)`` into pictures ``(N, C, H, W)``, empty elsewhere."""
         # A row of a tile is contiguous in the picture too, so whole rows are moved.
-        side, (n, h, w) = self._side(x), self.visible.shape
+        side, (n, h, w) = self._side(x), self.grid
         lines = x.new_zeros(n * h * side * w, side * x.shape[-1])
         lines.index_copy_(0, self._table(side), x.reshape(-1, lines.shape[1]))
         return lines.view(n, h * side, w * side, -1).permute(0, 3, 1, 2)
@@ -109,7 +108,7 @@ class PackedLayout:
         All blocks of a stage share it.
         """
         if side not in self._tables:
-            _, h, w = self.visible.shape
+            _, h, w = self.grid
             picture, row, column = (place[:, None] for place in self._places())
             within = torch.arange(side, device=self.patches.device)
             y = (picture * h + row) * side + within
