@@ -1,5 +1,6 @@
 """What the documents show is built as it stands there."""
 
+import inspect
 import math
 import re
 from pathlib import Path
@@ -96,8 +97,11 @@ def steps(rate: float) -> int:
 
 
 def test_own_size(tmp_path):
-    model = build(laid_over(tmp_path, DETECTOR, SIZE))
-    assert model.backbone.dims == (40, 80, 160, 320)
+    cfg = laid_over(tmp_path, DETECTOR, SIZE)
+    assert build(cfg).backbone.dims == (40, 80, 160, 320)
+    start = cfg.model.backbone.init_cfg
+    assert (start.type, start.prefix) == ('Pretrained', 'backbone.')
+    assert 'convnext-v2-atto_3rdparty-fcmae' in start.checkpoint
 
 
 def test_own_pictures_without_labels(tmp_path):
@@ -210,10 +214,11 @@ def test_readme_table_is_the_architecture_table():
 
 
 def test_readme_swaps_the_backbone(tmp_path):
-    swap = python_blocks('README.md')[0]
+    swap, learning, *_ = python_blocks('README.md')
     assert 'mmcnv2.ConvNeXtV2' in swap
     base = "_base_ = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'\n"
-    model = build(laid_over(tmp_path, base, swap))
+    cfg = laid_over(tmp_path, base, swap, learning)
+    model = build(cfg)
     assert type(model.backbone).__name__ == 'ConvNeXtV2'
     assert [conv.in_channels for conv in model.neck.lateral_convs] == [
         96,
@@ -221,6 +226,27 @@ def test_readme_swaps_the_backbone(tmp_path):
         384,
         768,
     ]
+    optimizer = build_optim_wrapper(model, cfg.optim_wrapper).optimizer
+    assert type(optimizer) is torch.optim.AdamW
+    groups = optimizer.param_groups
+    # Six below the neck and the heads, with and without weight decay.
+    assert {group['lr'] for group in groups} == {1e-4 * 0.95**i for i in range(8)}
+    assert {group['weight_decay'] for group in groups} == {0.0, 0.05}
+
+
+def test_arguments_of_the_backbone():
+    page = (ROOT / 'docs' / 'any_model.md').read_text()
+    (table,) = re.findall(r'## Its arguments\n(.*?)\n## ', page, re.DOTALL)
+    told = re.findall(r'^\| `(\w+)`', table, re.MULTILINE)
+    assert told == [*inspect.signature(ConvNeXtV2).parameters]
+
+
+def test_official_checkpoints():
+    """Those of the page are those that the recipes take."""
+    address = r'https://[^\s\')]*convnext-v2[^\s\')]*'
+    page = (ROOT / 'docs' / 'checkpoints.md').read_text()
+    recipes = [path.read_text() for path in (ROOT / 'configs').rglob('*.py')]
+    assert {*re.findall(address, page)} == {*re.findall(address, ''.join(recipes))}
 
 
 def test_index_lists_every_page():

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Test on several devices:
-#   tools/dist_test.sh CONFIG CHECKPOINT NUM_PROCESSES [arguments of test.py]
+# Test on several devices.
 # On several machines set NNODES, NODE_RANK, MASTER_ADDR and PORT.
 set -euo pipefail
+: "${3:?usage: tools/dist_test.sh CONFIG CHECKPOINT NUM_PROCESSES [arguments of test.py]}"
 
 CONFIG=$1
 CHECKPOINT=$2

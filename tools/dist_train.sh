@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Train on several devices: tools/dist_train.sh CONFIG NUM_PROCESSES [arguments of train.py]
+# Train on several devices.
 # On several machines set NNODES, NODE_RANK, MASTER_ADDR and PORT.
 set -euo pipefail
+: "${2:?usage: tools/dist_train.sh CONFIG NUM_PROCESSES [arguments of train.py]}"
 
 CONFIG=$1
 PROCESSES=$2

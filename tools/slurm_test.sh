@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Test on a Slurm cluster:
-#   tools/slurm_test.sh PARTITION JOB_NAME CONFIG CHECKPOINT [arguments of test.py]
+# Test on a Slurm cluster.
 # GPUS, GPUS_PER_NODE, CPUS_PER_TASK and SRUN_ARGS choose the resources.
-set -euxo pipefail
+set -euo pipefail
+: "${4:?usage: tools/slurm_test.sh PARTITION JOB_NAME CONFIG CHECKPOINT [arguments of test.py]}"
+set -x
 
 PARTITION=$1
 JOB_NAME=$2

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Train on a Slurm cluster:
-#   tools/slurm_train.sh PARTITION JOB_NAME CONFIG WORK_DIR [arguments of train.py]
+# Train on a Slurm cluster.
 # GPUS, GPUS_PER_NODE, CPUS_PER_TASK and SRUN_ARGS choose the resources.
 # Two minutes before its time is over the run saves a checkpoint and ends.
-set -euxo pipefail
+set -euo pipefail
+: "${4:?usage: tools/slurm_train.sh PARTITION JOB_NAME CONFIG WORK_DIR [arguments of train.py]}"
+set -x
 
 PARTITION=$1
 JOB_NAME=$2

@@ -1,4 +1,4 @@
-_base_ = './mask-rcnn_convnextv2-tiny_fpn_ms-1x_coco.py'
+_base_ = './mask-rcnn_convnextv2-tiny_fpn_ms-crop-1x_coco.py'
 
 checkpoint_file = 'https://download.openmmlab.com/mmclassification/v0/convnext-v2/convnext-v2-femto_3rdparty-fcmae_in1k_20230104-adbe2082.pth'
 

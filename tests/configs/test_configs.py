@@ -122,7 +122,7 @@ def test_mask_rcnn_lsj(arch):
 @pytest.mark.parametrize(
     ('folder', 'name', 'epochs', 'milestones'),
     [
-        ('mask_rcnn', 'mask-rcnn_convnextv2-{}_fpn_ms-1x_coco.py', 12, [8, 11]),
+        ('mask_rcnn', 'mask-rcnn_convnextv2-{}_fpn_ms-crop-1x_coco.py', 12, [8, 11]),
         (
             'cascade_mask_rcnn',
             'cascade-mask-rcnn_convnextv2-{}_fpn_ms-crop-3x_coco.py',

@@ -1,4 +1,4 @@
-"""What the Slurm scripts ask for. There is no cluster: ``srun`` only takes note."""
+"""The scripts for several processes. There is no cluster: ``srun`` only takes note."""
 
 import os
 import shlex
@@ -60,8 +60,17 @@ def test_arguments_arrive(
     )
 
 
-@pytest.mark.parametrize('script', ['slurm_train.sh', 'slurm_test.sh'])
-def test_too_few_arguments(script: str, tmp_path: Path) -> None:
-    with pytest.raises(subprocess.CalledProcessError):
-        call(tmp_path, script, 'gpu', 'job', 'config.py')
-    assert not (tmp_path / 'log').exists()
+@pytest.mark.parametrize(
+    ('script', 'given'),
+    [
+        ('dist_train.sh', ['config.py']),
+        ('dist_test.sh', ['config.py', 'last.pth']),
+        ('slurm_train.sh', ['gpu', 'job', 'config.py']),
+        ('slurm_test.sh', ['gpu', 'job', 'config.py']),
+    ],
+)
+def test_too_few_arguments(script: str, given: list[str]) -> None:
+    command = ['bash', str(TOOLS / script), *given]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode
+    assert f'usage: tools/{script} ' in done.stderr
