@@ -223,8 +223,12 @@ def _listen(handler: Any) -> Any:
     # Python lets no other thread do so.
     if threading.current_thread() is not threading.main_thread():
         return handler
-    # It knows nothing of one that was set from C.
-    return signal.signal(signal.SIGTERM, handler) or signal.SIG_DFL
+    before = signal.signal(signal.SIGTERM, handler)
+    # One that was left behind by a training that failed has nothing to stop.
+    owner = getattr(before, '__self__', None)
+    before = owner._handler if isinstance(owner, CheckpointHook) else before
+    # Python knows nothing of one that was set from C.
+    return before or signal.SIG_DFL
 
 
 class _RemovesLater:

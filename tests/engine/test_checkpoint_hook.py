@@ -177,7 +177,11 @@ def test_who_handled_sigterm_before_does_so_again(tmp_path: Path) -> None:
 
     before = signal.signal(signal.SIGTERM, handler)
     try:
-        train(tmp_path, 1)
+        train(tmp_path / 'whole', 1)
+        assert signal.getsignal(signal.SIGTERM) is handler
+        with pytest.raises(KeyError, match='no_such_score'):
+            train(tmp_path / 'failing', 1, save_best='no_such_score', rule='greater')
+        train(tmp_path / 'next', 1)
         assert signal.getsignal(signal.SIGTERM) is handler
     finally:
         signal.signal(signal.SIGTERM, before)

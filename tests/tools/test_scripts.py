@@ -20,7 +20,8 @@ def call(folder: Path, script: str, *args: str, **resources: str) -> list[str]:
     srun.chmod(0o755)
     path = f'{folder}{os.pathsep}{os.environ["PATH"]}'
     env = {**os.environ, **resources, 'PATH': path, 'SRUN_LOG': str(log)}
-    subprocess.run(['bash', str(TOOLS / script), *args], env=env, check=True)
+    command = ['bash', str(TOOLS / script), *args]
+    subprocess.run(command, env=env, check=True, stderr=subprocess.PIPE, text=True)
     return shlex.split(log.read_text())
 
 
@@ -69,8 +70,8 @@ def test_arguments_arrive(
         ('slurm_test.sh', ['gpu', 'job', 'config.py']),
     ],
 )
-def test_too_few_arguments(script: str, given: list[str]) -> None:
-    command = ['bash', str(TOOLS / script), *given]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode
-    assert f'usage: tools/{script} ' in done.stderr
+def test_too_few_arguments(script: str, given: list[str], tmp_path: Path) -> None:
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        call(tmp_path, script, *given)
+    assert f'usage: tools/{script} ' in failed.value.stderr
+    assert not (tmp_path / 'log').exists()

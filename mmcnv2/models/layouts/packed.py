@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..depthwise import convolve_tiles, is_depthwise, is_quicker_by_tiles
-from ..shortcuts import autocast, is_plain, is_traced, only_takes_pytorch
+from ..shortcuts import autocast, is_plain, is_traced, is_transformed
 from ..tiles import STRIDE, Tiles
 
 
@@ -45,8 +45,8 @@ class PackedLayout:
     def depthwise(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
         if is_quicker_by_tiles(conv, x):
             return convolve_tiles(conv, x, self._tiles(self._side(x)))
-        traced = is_traced() or only_takes_pytorch(x)
-        if traced or not is_depthwise(conv, x.shape[-1]):
+        recorded = is_traced() or is_transformed()
+        if recorded or not is_depthwise(conv, x.shape[-1]):
             return self.pick(conv(self.fill(x)), x)
         return _ConvolveInPictures.apply(*autocast(x, conv), self)
 
